@@ -1,0 +1,87 @@
+"""The Drafter protocol and the state a drafter sees. Imports only specfuse.tree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from specfuse.tree import TokenTree
+
+
+@dataclass
+class DraftState:
+    """What one call of the generation loop lets a drafter see; one object per call, B rows.
+
+    Args:
+        prompts: per row, the prompt's token ids without padding.
+        answers: per row, the token ids emitted so far (empty before the first pass). Grows in place.
+        active: per row, False once the row has finished; its tree is ignored.
+        remaining: per row, how many tokens may still be emitted (1 means: drafting is pointless).
+        visual_token_ids: placeholder ids that stand for pixels in the prompt; they carry no text.
+        inputs: the target's own inputs (``input_ids``, ``attention_mask``, pixel values ...).
+        draft_inputs: inputs meant for the drafter alone, where the caller gave some; else None.
+        vocab_size: the target's vocabulary; ids at or above it can never be accepted.
+        evidence: per row, another model's answer to the same question, or None.
+        memory: private data a drafter keeps for the length of this call, keyed by the drafter object's id.
+    """
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    active: list[bool]
+    remaining: list[int]
+    visual_token_ids: frozenset[int] = frozenset()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    draft_inputs: Mapping[str, Tensor] | None = None
+    vocab_size: int | None = None
+    evidence: Sequence[Sequence[int] | None] | None = None
+    memory: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.prompts)
+
+    def root(self, row: int) -> int:
+        """The last committed token of a row: the root of its next tree (0 for a prompt given as embeddings)."""
+        if self.answers[row]:
+            return self.answers[row][-1]
+        return self.prompts[row][-1] if self.prompts[row] else 0
+
+    def question(self, row: int) -> tuple[int, ...]:
+        """The prompt's text tokens: what two clips asked the same thing have in common."""
+        return tuple(token for token in self.prompts[row] if token not in self.visual_token_ids)
+
+
+class Drafter:
+    """Proposes a tree of tokens for every row of a batch. Subclass it and write ``propose``.
+
+    A drafter can be shared by many calls, also at once: what belongs to one call lives in ``state.memory``.
+    Nothing a drafter proposes can change the answer; a bad one only costs time.
+    """
+
+    needs_target: bool = False
+    """True for a drafter that needs the target's prefill first (its hidden states); it then gets no first tree."""
+
+    def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
+        """Trees for all B rows, on the CPU.
+
+        Args:
+            state: the rows so far.
+            max_nodes: budget of drafted nodes per row, the root not counted.
+
+        Returns:
+            TokenTree with ``width <= max_nodes + 1``; node 0 of row b is ``state.root(b)``; a row with nothing to
+            propose, or not ``active``, has only its root. ``probs`` where the drafter has an estimate.
+        """
+        raise NotImplementedError
+
+    def observe(self, tokens: Sequence[int], question: Sequence[int] = ()) -> None:
+        """Called once with every finished answer (its token ids) and its question. Learns nothing by default."""
+
+
+def root_only(state: DraftState) -> TokenTree:
+    """Trees that propose nothing: plain decoding for this pass."""
+    roots = [[state.root(b)] for b in range(state.batch_size)]
+    return TokenTree.from_parents(roots, [[-1]] * len(roots), [[1.0]] * len(roots))
