@@ -1,12 +1,12 @@
 """Builds the two native modules of specfuse with ninja; everything else is in pyproject.toml.
 
 ``specfuse._C_cpu`` is every ``csrc/*.cpp`` but bindings_cuda.cpp; ``specfuse._C_cuda`` is every ``csrc/*.cu``
-and bindings_cuda.cpp. Neither includes a torch header, so a build needs pybind11, ninja, a C++17 compiler and,
-for the second, nvcc. What was built, and why not where it was not, goes to ``specfuse/_build_info.json``.
+and bindings_cuda.cpp. Neither includes a torch header: a build needs pybind11, ninja, a C++17 compiler and, for
+the second, nvcc. What was built, and why not where it was not, goes to ``specfuse/_build_info.json``.
 
 Environment:
     SPECFUSE_NATIVE      1 (default) builds native code, 0 leaves it out: ops run on their eager reference.
-    SPECFUSE_CUDA        auto (default) builds CUDA where a toolchain is found, 1 insists on it, 0 leaves it out.
+    SPECFUSE_CUDA        auto (default) builds CUDA where a toolchain is found, 1 insists, 0 leaves it out.
     SPECFUSE_CUDA_ARCHS  compute capabilities, default "80;86;89;90;100;120"; PTX of the last one is added.
     CXX, CUDA_HOME       compiler and CUDA toolkit to use. MAX_JOBS: compile jobs at a time.
 """
@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -28,6 +29,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
+Builder = Callable[[Path], dict[str, object]]
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80;86;89;90;100;120"
 # Contraction would let a clone compiled for FMA round differently from the portable one.
@@ -248,14 +250,15 @@ class NativeBuild(build_ext):
     def run(self) -> None:
         folder = ROOT / "specfuse" if self.inplace else Path(self.build_lib) / "specfuse"
         folder.mkdir(parents=True, exist_ok=True)
-        info = {"python": platform.python_version(), "platform": platform.platform(), "modules": {}}
+        modules: dict[str, object] = {}
         for name, build in (("_C_cpu", build_cpu), ("_C_cuda", build_cuda)):
             target = folder / Path(self.get_ext_filename(f"specfuse.{name}")).name
             target.unlink(missing_ok=True)
-            info["modules"][name] = self.attempt(name, build, target)
+            modules[name] = self.attempt(name, build, target)
+        info = {"python": platform.python_version(), "platform": platform.platform(), "modules": modules}
         (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
-    def attempt(self, name: str, build, target: Path) -> dict[str, object]:
+    def attempt(self, name: str, build: Builder, target: Path) -> dict[str, object]:
         """Builds one module; a missing toolchain, or CUDA failing under SPECFUSE_CUDA=auto, is a reason."""
         native, cuda = (
             choice("SPECFUSE_NATIVE", "1", ("0", "1")),
@@ -314,6 +317,10 @@ class CompleteSdist(sdist):
         ]
         names = [str(p.relative_to(ROOT)) for p in extra if "__pycache__" not in p.parts]
         super().make_release_tree(base_dir, sorted({*files, *names}))
+        # setuptools drops the link; an editable install from the unpacked archive needs it.
+        link = Path(base_dir) / "specfuse" / "kernels"
+        if (ROOT / "kernels").is_dir() and not link.exists():
+            link.symlink_to("../kernels")
 
 
 packages = find_packages(include=["specfuse", "specfuse.*"])
