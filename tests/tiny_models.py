@@ -1,7 +1,7 @@
 """Small random Hugging Face models and inputs for the tests: plain functions, no fixtures.
 
-The weights are drawn with a standard deviation far above the usual 0.02, so that a random model has opinions: its greedy
-answer depends on the prompt and is not one token repeated. Nothing here is downloaded.
+The weights are drawn with a standard deviation far above the usual 0.02, so that a random model has opinions:
+its greedy answer depends on the prompt and is not one token repeated. Nothing here is downloaded.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from transformers import (
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = 3
-"""Text tokens are drawn from `[SPECIAL_TOKENS, vocab)`; the visual placeholders come after the vocabulary's text part."""
+"""Text tokens are drawn from this id on; the visual placeholders are the last two ids of the vocabulary."""
 
 
 def randomize(model: PreTrainedModel, seed: int, gain: float = 2.0) -> PreTrainedModel:
-    """Redraws every matrix of `model` with variance `gain^2 / fan_in` (embeddings: 1), in place; norms and biases vary too."""
+    """Redraws every matrix of `model` with variance `gain^2 / fan_in` (embeddings: 1), varies the rest."""
     generator = torch.Generator().manual_seed(seed)
     embedding_ids = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():
@@ -78,7 +78,7 @@ def tiny_llama(
     eos: bool = True,
     **sizes: int,
 ) -> LlamaForCausalLM:
-    """Random `LlamaForCausalLM`; `sizes` are `hidden`, `heads`, `kv_heads`. `eos=False` never stops by itself."""
+    """Random `LlamaForCausalLM`; `sizes`: hidden, heads, kv_heads; `eos=False` never stops by itself."""
     return finish(LlamaForCausalLM(llama_config(vocab, layers, **sizes)), seed, dtype, eos)
 
 
@@ -120,9 +120,9 @@ def tiny_video_llava(
     vision_layers: int = 3,
     **sizes: int,
 ) -> VideoLlavaForConditionalGeneration:
-    """Random `VideoLlavaForConditionalGeneration`: CLIP tower (28 px, patch 14: 5 tokens per frame) and a LLaMA.
+    """Random Video-LLaVA: CLIP towers (28 px, patch 14: 5 tokens a frame) and a LLaMA.
 
-    The last two ids of the vocabulary are the image and the video placeholder; text prompts use the ids below them.
+    The last two ids of the vocabulary are the image and the video placeholder; text prompts use those below.
     """
     vision_config = CLIPVisionConfig(
         hidden_size=vision_hidden,
@@ -207,7 +207,7 @@ def video_inputs(
         clips: index of the clip of each row; default: a clip of its own for each row.
 
     Returns:
-        `input_ids`, `attention_mask` int64 [B, S] and `pixel_values_videos` [B, frames, 3, H, W] in the model's dtype.
+        `input_ids`, `attention_mask` int64 [B, S]; `pixel_values_videos` [B, frames, 3, H, W].
     """
     generator = torch.Generator().manual_seed(seed if question_seed is None else question_seed)
     lengths = text_lens or [6 + (2 * row if pad else 0) for row in range(batch)]
@@ -235,7 +235,7 @@ def image_inputs(
 ) -> dict[str, Tensor]:
     """Image prompts: `input_ids`, `attention_mask` [B, S] and the pixels [num_images, 3, H, W].
 
-    The pixel keyword is the one of the installed transformers (`pixel_values_images` before 5.23, `pixel_values` since).
+    The pixel keyword is the installed transformers': `pixel_values_images`, or `pixel_values` since 5.23.
     Row r holds `images_per_row[r]` images (default 1), each followed by a few words.
     """
     generator = torch.Generator().manual_seed(500 + seed)
