@@ -1,7 +1,7 @@
 """Builds the two native modules of specfuse with ninja; everything else is in pyproject.toml.
 
-``specfuse._C_cpu`` is every ``csrc/*.cpp`` but bindings_cuda.cpp; ``specfuse._C_cuda`` is every ``csrc/*.cu``
-and bindings_cuda.cpp. Neither includes a torch header: a build needs pybind11, ninja, a C++17 compiler and, for
+``specfuse._C_cpu`` is every ``csrc/*.cpp`` but bindings_cuda.cpp; ``specfuse._C_cuda`` is ``csrc/*.cu`` and
+bindings_cuda.cpp. Neither includes a torch header: a build needs pybind11, ninja, a C++17 compiler and, for
 the second, nvcc. What was built, and why not where it was not, goes to ``specfuse/_build_info.json``.
 
 Environment:
