@@ -25,6 +25,8 @@ class DraftState:
         draft_inputs: inputs meant for the drafter alone, where the caller gave some; else None.
         vocab_size: the target's vocabulary; ids at or above it can never be accepted.
         evidence: per row, another model's answer to the same question, or None.
+        choice: how the target picks tokens (a ``specfuse.verify.TokenChoice``), or None; a drafter with logits of its
+            own can pick with the same noise, so that its sampled drafts agree with the target as often as possible.
         memory: private data a drafter keeps for the length of this call, keyed by the drafter object's id.
     """
 
@@ -37,6 +39,7 @@ class DraftState:
     draft_inputs: Mapping[str, Tensor] | None = None
     vocab_size: int | None = None
     evidence: Sequence[Sequence[int] | None] | None = None
+    choice: Any = None
     memory: dict[int, Any] = field(default_factory=dict)
 
     @property

@@ -1,0 +1,88 @@
+"""specfuse: video-language models answer faster without changing what they say.
+
+Letters used in every shape comment:
+
+    B  batch                      S  prefix length (slots already in the cache)
+    N  tree nodes, root included  H  query heads      G  key/value heads
+    K  longest path               D  head or feature dimension
+    V  vocabulary                 L  layers           R  adapter width
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specfuse.drafters import CombinedDrafter as CombinedDrafter
+    from specfuse.drafters import CorpusDrafter as CorpusDrafter
+    from specfuse.drafters import Drafter as Drafter
+    from specfuse.drafters import DraftState as DraftState
+    from specfuse.drafters import ModelDrafter as ModelDrafter
+    from specfuse.drafters import PromptLookupDrafter as PromptLookupDrafter
+    from specfuse.drafters import auto_drafter as auto_drafter
+    from specfuse.generate import SpeculativeGenerator as SpeculativeGenerator
+    from specfuse.generate import custom_generate as custom_generate
+    from specfuse.generate import generate as generate
+    from specfuse.ops.compact_kv import compact_kv as compact_kv
+    from specfuse.ops.verify_tree import AcceptedPath as AcceptedPath
+    from specfuse.ops.verify_tree import verify_tree as verify_tree
+    from specfuse.session import VideoSession as VideoSession
+    from specfuse.stats import GenerationStats as GenerationStats
+    from specfuse.tree import TokenTree as TokenTree
+    from specfuse.vision_cache import VisionCache as VisionCache
+    from specfuse.vision_cache import patch as patch
+    from specfuse.vision_cache import unpatch as unpatch
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AcceptedPath": "specfuse.ops.verify_tree",
+    "CombinedDrafter": "specfuse.drafters",
+    "CorpusDrafter": "specfuse.drafters",
+    "DraftState": "specfuse.drafters",
+    "Drafter": "specfuse.drafters",
+    "GenerationStats": "specfuse.stats",
+    "ModelDrafter": "specfuse.drafters",
+    "PromptLookupDrafter": "specfuse.drafters",
+    "SpeculativeGenerator": "specfuse.generate",
+    "TokenTree": "specfuse.tree",
+    "VideoSession": "specfuse.session",
+    "VisionCache": "specfuse.vision_cache",
+    "auto_drafter": "specfuse.drafters",
+    "compact_kv": "specfuse.ops.compact_kv",
+    "custom_generate": "specfuse.generate",
+    "generate": "specfuse.generate",
+    "patch": "specfuse.vision_cache",
+    "unpatch": "specfuse.vision_cache",
+    "verify_tree": "specfuse.ops.verify_tree",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Names are imported at first use, so that `specfuse --help` does not wait for torch.
+    if name not in _HOME:
+        raise AttributeError(f"module 'specfuse' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(types.ModuleType):
+    """Keeps ``specfuse.generate`` the function: importing the submodule would otherwise put the module there."""
+
+    @property
+    def generate(self) -> Any:
+        return importlib.import_module("specfuse.generate").generate
+
+    @generate.setter
+    def generate(self, submodule: Any) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,228 @@
+"""ModelDrafter: any Hugging Face causal or video language model drafts, with inputs of its own where it has them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specfuse.drafters.base import Drafter, DraftState, root_only
+from specfuse.tree import TokenTree
+from specfuse.tree_forward import TreeForward
+
+_RESERVED_ANSWER = 1024
+
+
+class ModelDrafter(Drafter):
+    """Drafts with a smaller model that shares the target's vocabulary.
+
+    The model sees its own inputs where there are some (``inputs`` here, or ``draft_inputs=`` of the call), else the
+    target's, pixels included: a video language model drafting for another one sees the video. A text-only model
+    gets the prompt without the placeholders of the video. Under sampling it picks with the target's own noise, so
+    a good draft model agrees with the target as often as the two distributions allow.
+
+    Args:
+        model: a Hugging Face decoder-only model whose token ids mean what the target's mean.
+        inputs: fixed inputs for this drafter (``input_ids [B, P]``, ``attention_mask``, pixels ...).
+        depth: how many tokens deep it drafts; each costs one pass of the draft model.
+        branching: 1 drafts a chain; k > 1 a tree: k children per node, the k best nodes of a level go on.
+
+    Raises:
+        ValueError: ``depth`` or ``branching`` below 1, or a model that is no Hugging Face model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        inputs: Mapping[str, Tensor] | None = None,
+        depth: int = 5,
+        branching: int = 1,
+    ):
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        if depth < 1 or branching < 1:
+            raise ValueError(f"depth and branching must be at least 1, got {depth} and {branching}")
+        self.model, self.inputs = model, inputs
+        self.depth, self.branching = depth, branching
+
+    @torch.no_grad()
+    def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
+        levels = min(self.depth, max_nodes, max(state.remaining, default=0) - 1)
+        if levels < 1 or not any(state.active):
+            return root_only(state)
+        draft = state.memory.get(id(self))
+        if draft is None:
+            draft = state.memory[id(self)] = _Draft(self.model, _own_inputs(self, state), state)
+        logits = draft.catch_up(state)
+        growing = [_GrowingTree(state.root(b)) for b in range(state.batch_size)]
+        frontier = [[0] for _ in growing]
+        for level in range(levels):
+            frontier = self._expand(draft, growing, frontier, logits, state)
+            if level + 1 < levels:
+                logits = draft.run_level(growing, frontier)
+        draft.forward.cache.set_lengths(draft.forward.cache.lengths)
+        rows = [
+            tree.best(max_nodes if active else 0) for tree, active in zip(growing, state.active, strict=True)
+        ]
+        return TokenTree.from_parents(*map(list, zip(*rows, strict=True)))
+
+    def _expand(
+        self,
+        draft: _Draft,
+        growing: list[_GrowingTree],
+        frontier: list[list[int]],
+        logits: Tensor,
+        state: DraftState,
+    ) -> list[list[int]]:
+        """Gives every frontier node its children; returns the new frontier, the best ``branching`` of them."""
+        width = min(self.branching, logits.shape[-1])
+        chances, tokens = logits.float().softmax(-1).topk(width, dim=-1)
+        sampled = self._sampled(draft, logits, state) if self._samples(state) else None
+        following = []
+        for b, tree in enumerate(growing):
+            new = []
+            for i, node in enumerate(frontier[b]):
+                row = list(zip(tokens[b, i].tolist(), chances[b, i].tolist(), strict=True))
+                if sampled is not None:
+                    # The token that the target would pick if the models agreed; the rest are its alternatives.
+                    pick = sampled[b][i]
+                    row = [(pick, row[0][1]), *(pair for pair in row if pair[0] != pick)][:width]
+                new += [tree.add(node, token, chance) for token, chance in row]
+            new.sort(key=lambda child: -tree.probs[child])
+            following.append(sorted(new[: self.branching]))
+        draft.depth += 1
+        return following
+
+    def _samples(self, state: DraftState) -> bool:
+        return state.choice is not None and state.choice.temperature > 0 and state.choice.processors is None
+
+    def _sampled(self, draft: _Draft, logits: Tensor, state: DraftState) -> list[list[int]]:
+        batch, width, vocab = logits.shape
+        flat = logits.reshape(batch * width, 1, vocab)
+        roots = TokenTree.from_parents([[0]] * len(flat), [[-1]] * len(flat)).to(flat.device)
+        positions = draft.root_positions + draft.depth
+        picked = state.choice.pick(
+            flat,
+            roots,
+            positions.repeat_interleave(width),
+            state.choice.seeds.to(flat.device).repeat_interleave(width),
+        )
+        # -1 (a row without a distribution) becomes token 0: it is only a draft.
+        return picked.next_token.clamp(min=0).reshape(batch, width).tolist()
+
+
+class _Draft:
+    """The draft model's cache for one request: the prompt, the committed answer, then the tree being grown."""
+
+    def __init__(self, model: PreTrainedModel, inputs: dict[str, Any], state: DraftState):
+        ids, mask = inputs["input_ids"], inputs.pop("attention_mask", None)
+        batch, length = ids.shape
+        if batch != state.batch_size:
+            raise ValueError(f"the drafter's inputs have {batch} rows, the target's {state.batch_size}")
+        self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
+        reserve = min(max(state.remaining), _RESERVED_ANSWER) + 64
+        self.forward = TreeForward(model, batch, length + reserve)
+        self.last_logits = self.forward.prefill(inputs, mask)
+        self.forward.cache.set_lengths([length] * batch)
+        self.fed = [0] * batch
+        self.prompt_lengths = (
+            torch.full((batch,), length) if mask is None else mask.sum(dim=1).to("cpu", torch.int64)
+        )
+        target_lengths = torch.tensor([len(prompt) for prompt in state.prompts])
+        self.offset = target_lengths - self.prompt_lengths
+        self.root_positions = target_lengths - 1
+        self.depth = 0
+        self.slots: list[list[int]] = []
+
+    def catch_up(self, state: DraftState) -> Tensor:
+        """Feeds what was committed since the last call; returns logits ``[B, 1, V]`` behind each root."""
+        self.depth = 0
+        self.slots = [[] for _ in state.answers]
+        new = [
+            [token if token < self.vocab_size else 0 for token in answer[fed:]] if active else []
+            for answer, fed, active in zip(state.answers, self.fed, state.active, strict=True)
+        ]
+        longest = max(map(len, new))
+        if longest:
+            tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in new])
+            starts = self.prompt_lengths + torch.tensor(self.fed)
+            positions = starts[:, None] + torch.arange(longest)
+            causal = torch.ones(longest, longest, dtype=torch.bool).tril().expand(len(new), -1, -1)
+            logits = self.forward.forward(tokens, positions, causal)
+            lengths = self.forward.cache.lengths
+            self.forward.cache.set_lengths([n + len(row) for n, row in zip(lengths, new, strict=True)])
+            for b, row in enumerate(new):
+                self.fed[b] += len(row)
+                if row:
+                    self.last_logits[b, 0] = logits[b, len(row) - 1]
+        self.root_positions = self.prompt_lengths + self.offset + torch.tensor(self.fed) - 1
+        return self.last_logits
+
+    def run_level(self, growing: list[_GrowingTree], frontier: list[list[int]]) -> Tensor:
+        """Runs the frontier nodes (as many in every row); returns their logits ``[B, q, V]``."""
+        count = max(map(len, frontier))
+        pending = self.forward.cache.pending
+        mask = torch.zeros((len(growing), count, pending + count), dtype=torch.bool)
+        tokens = torch.zeros((len(growing), count), dtype=torch.int64)
+        for b, tree in enumerate(growing):
+            mask[b, :, pending:].fill_diagonal_(True)
+            for i, node in enumerate(frontier[b]):
+                tokens[b, i] = min(tree.tokens[node], self.vocab_size - 1)
+                for column, earlier in enumerate(self.slots[b]):
+                    mask[b, i, column] = tree.is_ancestor(earlier, node)
+            self.slots[b] += [*frontier[b], *[-1] * (count - len(frontier[b]))]
+        roots = self.prompt_lengths + torch.tensor(self.fed) - 1
+        positions = (roots + self.depth)[:, None].expand(-1, count)
+        return self.forward.forward(tokens, positions, mask)
+
+
+class _GrowingTree:
+    """A row's tree while the draft model grows it."""
+
+    def __init__(self, root: int):
+        self.tokens, self.parents, self.probs = [root], [-1], [1.0]
+        self.ancestors: list[frozenset[int]] = [frozenset()]
+
+    def add(self, parent: int, token: int, chance: float) -> int:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.probs.append(self.probs[parent] * chance)
+        self.ancestors.append(self.ancestors[parent] | {parent})
+        return len(self.tokens) - 1
+
+    def is_ancestor(self, earlier: int, node: int) -> bool:
+        return earlier in self.ancestors[node]
+
+    def best(self, max_nodes: int) -> tuple[list[int], list[int], list[float]]:
+        """The ``max_nodes`` most probable nodes; probabilities fall along a path, so they form a tree."""
+        order = sorted(range(len(self.tokens)), key=lambda node: -self.probs[node])[: max_nodes + 1]
+        chosen = sorted(order)
+        place = {node: i for i, node in enumerate(chosen)}
+        parents = [-1 if node == 0 else place[self.parents[node]] for node in chosen]
+        return [self.tokens[n] for n in chosen], parents, [self.probs[n] for n in chosen]
+
+
+def _own_inputs(drafter: ModelDrafter, state: DraftState) -> dict[str, Any]:
+    """The draft model's inputs: the call's, the drafter's, or what it understands of the target's."""
+    accepted = inspect.signature(drafter.model.forward).parameters
+    own = state.draft_inputs if state.draft_inputs is not None else drafter.inputs
+    if own is not None:
+        if "input_ids" not in own:
+            raise ValueError(f"draft_inputs must hold input_ids, got {sorted(own)}")
+        return dict(own)
+    takes_pixels = any(name.startswith("pixel_values") for name in accepted)
+    if takes_pixels or not state.visual_token_ids:
+        shared = {k: v for k, v in state.inputs.items() if k in accepted and v is not None}
+        shared.pop("inputs_embeds", None)
+        return shared | {"input_ids": state.inputs["input_ids"]}
+    prompts = [state.question(b) for b in range(state.batch_size)]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    device = drafter.model.device
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

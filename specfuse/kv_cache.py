@@ -1,0 +1,150 @@
+"""The preallocated KV cache under a speculative loop: prefix and tree share one buffer, nothing is ever re-copied.
+
+Rows are ragged: row b holds ``lengths[b]`` committed slots; the nodes of the current tree lie right behind them.
+Committing moves the accepted path to the front of those nodes (``compact_kv``) and advances ``lengths``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from specfuse.ops.compact_kv import compact_kv
+
+
+class TreeCacheLayer(CacheLayerMixin):
+    """Keys and values of one layer, ``[B, G, capacity, D]``; ``update`` writes behind the committed slots."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, cache: TreeCache):
+        super().__init__()
+        self.cache = cache
+        self.pending = 0  # slots written behind the committed ones since the last commit
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self._allocate(key_states, self.cache.capacity)
+        self.values = self._allocate(value_states, self.cache.capacity)
+        self.is_initialized = True
+
+    @staticmethod
+    def _allocate(like: Tensor, capacity: int) -> Tensor:
+        # Zeros, not empty: a masked slot still enters attention as 0 * value, and 0 * NaN is NaN.
+        batch, heads, _, dim = like.shape
+        return torch.zeros((batch, heads, capacity, dim), dtype=like.dtype, device=like.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Writes ``[B, G, q, D]`` new rows; returns the keys and values up to the longest row."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        count = key_states.shape[-2]
+        first, end = self.cache.write_range(self.pending, count)
+        if end > self.keys.shape[2]:
+            self._grow(end)
+        if first is not None:
+            self.keys[:, :, first:end] = key_states
+            self.values[:, :, first:end] = value_states
+        else:
+            row, slot = self.cache.slots(self.pending, count)
+            self.keys[row, :, slot] = key_states.transpose(1, 2)
+            self.values[row, :, slot] = value_states.transpose(1, 2)
+        self.pending += count
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _grow(self, needed: int) -> None:
+        # Doubling keeps the copies rare when the answer outgrows what was reserved for it.
+        self.cache.capacity = max(self.cache.capacity, 2 * self.keys.shape[2], needed)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = self._allocate(old, self.cache.capacity)
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def get_seq_length(self) -> int:
+        return self.cache.longest + self.pending
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.pending = 0
+
+
+class TreeCache(Cache):
+    """KV of all layers for B ragged rows.
+
+    Args:
+        num_layers: decoder layers of the model.
+        batch_size: B.
+        capacity: slots reserved per row; grows by doubling when a row outgrows it.
+    """
+
+    def __init__(self, num_layers: int, batch_size: int, capacity: int):
+        self.capacity = capacity
+        self.lengths = [0] * batch_size
+        self.longest = 0
+        self._slots: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        super().__init__(layers=[TreeCacheLayer(self) for _ in range(num_layers)])
+
+    @property
+    def pending(self) -> int:
+        """Slots written since the last commit (the same in every layer once a pass is over)."""
+        return self.layers[-1].pending
+
+    @property
+    def ragged(self) -> bool:
+        return any(length != self.longest for length in self.lengths)
+
+    def write_range(self, pending: int, count: int) -> tuple[int | None, int]:
+        """(first slot, end) of the next ``count`` rows; first is None where rows start at different slots."""
+        end = self.longest + pending + count
+        return (None if self.ragged else end - count), end
+
+    def slots(self, pending: int, count: int) -> tuple[Tensor, Tensor]:
+        """Index tensors ``[B, 1]`` and ``[B, count]`` that address ragged rows."""
+        index = self._slots.get((pending, count))
+        if index is None:
+            device = self.layers[0].device
+            starts = torch.tensor(self.lengths, device=device)[:, None] + pending
+            rows = torch.arange(len(self.lengths), device=device)[:, None]
+            index = self._slots[pending, count] = (rows, starts + torch.arange(count, device=device))
+        return index
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Declares how many slots of each row are committed; what lies behind them is forgotten."""
+        self.lengths = list(lengths)
+        self.longest = max(self.lengths, default=0)
+        self._slots.clear()
+        for layer in self.layers:
+            layer.pending = 0
+
+    def keep_path(self, path: Tensor, length: Tensor, root_slots: list[int]) -> None:
+        """Moves the accepted nodes of every row behind its root: node path[b, i] to slot root_slots[b] + i."""
+        buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
+        start = torch.tensor(root_slots, dtype=torch.int32, device=path.device)
+        compact_kv(buffers, path, length, start)
+
+    def load(self, past: Cache) -> int:
+        """Copies another cache's rows to the front; returns how many slots that filled."""
+        filled = past.get_seq_length()
+        for layer, other in zip(self.layers, past.layers, strict=True):
+            layer.update(other.keys[:, :, :filled], other.values[:, :, :filled])
+        self.set_lengths([filled] * len(self.lengths))
+        return filled
+
+    def to_dynamic(self, length: int) -> DynamicCache:
+        """The first ``length`` slots as the DynamicCache that ``model.generate`` would return."""
+        dynamic = DynamicCache()
+        for index, layer in enumerate(self.layers):
+            dynamic.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
+        return dynamic

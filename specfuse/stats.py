@@ -1,0 +1,64 @@
+"""What one generation cost and what its drafts were worth."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class GenerationStats:
+    """Counts and times of one call.
+
+    Args:
+        passes: forward passes of the target, the prefill included, counted once per row that took part: the number
+            a row-by-row plain decoder would have to beat. For B = 1 simply the number of passes.
+        tokens: emitted tokens, all rows.
+        drafted: drafted nodes that were verified, all rows.
+        emitted_histogram: how often a pass of a row emitted 1, 2, 3, ... tokens.
+        prefill_ms: wall time of the first pass (vision tower included).
+        draft_ms: wall time spent proposing.
+        verify_ms: wall time of the target's passes after the first, including the choice of the path. On a GPU the
+            time is seen where the host waits for the result, which is inside this part.
+        commit_ms: wall time of keeping the path, stopping criteria and streaming.
+    """
+
+    passes: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    emitted_histogram: Counter[int] = field(default_factory=Counter)
+    prefill_ms: float = 0.0
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    commit_ms: float = 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Mean emitted tokens per pass and row; 1.0 is plain decoding."""
+        return self.tokens / self.passes if self.passes else 0.0
+
+    @property
+    def histogram(self) -> dict[int, int]:
+        """``emitted_histogram`` as a plain dict, in order."""
+        return dict(sorted(self.emitted_histogram.items()))
+
+    def count(self, emitted: int, drafted: int) -> None:
+        """Records one pass of one row."""
+        self.passes += 1
+        self.tokens += emitted
+        self.drafted += drafted
+        self.emitted_histogram[emitted] += 1
+
+    def as_dict(self) -> dict[str, object]:
+        """Everything, ready for JSON."""
+        return {
+            "passes": self.passes,
+            "tokens": self.tokens,
+            "tokens_per_pass": self.tokens_per_pass,
+            "drafted": self.drafted,
+            "emitted_histogram": self.histogram,
+            "prefill_ms": self.prefill_ms,
+            "draft_ms": self.draft_ms,
+            "verify_ms": self.verify_ms,
+            "commit_ms": self.commit_ms,
+        }

@@ -1,0 +1,63 @@
+"""Which arguments of ``model.generate`` can be honoured; everything else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+_REFUSED_ARGUMENTS = {
+    "assistant_model": "pass drafter=specfuse.ModelDrafter(assistant_model)",
+    "assistant_tokenizer": "drafters use the target's tokenizer",
+    "custom_generate": "specfuse is itself a custom_generate",
+    "trust_remote_code": "no remote code is run",
+    "negative_prompt_ids": "classifier-free guidance is not supported",
+    "negative_prompt_attention_mask": "classifier-free guidance is not supported",
+    "synced_gpus": "multi-process generation is not supported",
+}
+
+# Field of GenerationConfig -> (values that change nothing, why others are refused).
+_REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((None, 1), "beam search is not speculative"),
+    "num_beam_groups": ((None, 1), "beam search is not speculative"),
+    "constraints": ((None,), "constrained beam search is not supported"),
+    "force_words_ids": ((None,), "constrained beam search is not supported"),
+    "penalty_alpha": ((None, 0, 0.0), "contrastive search is not supported"),
+    "dola_layers": ((None,), "DoLa decoding is not supported"),
+    "guidance_scale": ((None, 1, 1.0), "classifier-free guidance runs the model a second time per token"),
+    "prompt_lookup_num_tokens": ((None,), "pass drafter=specfuse.PromptLookupDrafter()"),
+    "use_mtp": ((None, False), "multi-token-prediction heads are not supported"),
+    "output_attentions": ((None, False), "attention maps of a tree pass are not those of single steps"),
+    "output_hidden_states": ((None, False), "hidden states are not collected"),
+    "use_cache": ((None, True), "the loop is built on the KV cache"),
+    "cache_implementation": (
+        (None, "dynamic", "static"),
+        "the loop keeps its own preallocated cache",
+    ),
+    "prefill_chunk_size": ((None,), "the prompt is prefilled in one pass"),
+}
+
+
+def check_arguments(kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for keyword arguments of ``model.generate`` that can not be honoured."""
+    for name, why in _REFUSED_ARGUMENTS.items():
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(f"{name}={_short(kwargs[name])} is not supported: {why}")
+
+
+def check_config(config: GenerationConfig) -> None:
+    """Raises ValueError for fields of the generation config that can not be honoured."""
+    for name, (neutral, why) in _REFUSED_FIELDS.items():
+        value = getattr(config, name, None)
+        if value not in neutral:
+            raise ValueError(f"{name}={_short(value)} is not supported: {why}")
+    if (config.num_return_sequences or 1) > 1 and not config.do_sample:
+        raise ValueError(
+            f"num_return_sequences={config.num_return_sequences} needs do_sample=True: greedy answers are all the same"
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{type(value).__name__}(...)"

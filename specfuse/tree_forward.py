@@ -1,0 +1,272 @@
+"""Forward passes of one Hugging Face model over token trees, on one preallocated cache.
+
+This is the only file that knows how a Hugging Face decoder wants masks, positions and inputs. The target's loop and
+ModelDrafter both run on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from specfuse.kv_cache import TreeCache
+from specfuse.tree import TokenTree
+
+# The prefill's dense [P + n, P + n] mask stays below 64 MB of bool; longer prompts are prefilled without a tree.
+MAX_MASKED_PREFILL = 8192
+
+
+class TreeForward:
+    """A model with B ragged rows in a preallocated KV cache.
+
+    Args:
+        model: any Hugging Face decoder-only model with a language-model head, in eval mode.
+        batch_size: B.
+        capacity: slots to reserve per row (prompt + answer + tree).
+        max_position: highest position id the model may be given; deeper tree nodes are clamped to it (they can
+            not be emitted any more).
+
+    Raises:
+        ValueError: an encoder-decoder model, an attention implementation that takes no tree mask, layer types other
+            than full and sliding attention, or a forward without ``position_ids``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, batch_size: int, capacity: int, max_position: int | None = None
+    ):
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        self.layout = _mask_layout(model, self.config)
+        self.parameters = inspect.signature(model.forward).parameters
+        if "position_ids" not in self.parameters:
+            raise ValueError(
+                f"model {type(model).__name__}: forward takes no position_ids, trees need them"
+            )
+        self.cache = TreeCache(self.config.num_hidden_layers, batch_size, capacity)
+        self.max_position = max_position
+        self.valid: Tensor | None = None  # [B, P] bool, False at left padding; None: no padding anywhere
+        self.pads = [0] * batch_size
+        self._tail_positions: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    # ---------------------------------------------------------------- passes
+
+    def prefill(
+        self,
+        inputs: Mapping[str, Any],
+        prompt_mask: Tensor | None,
+        tree: TokenTree | None = None,
+        past: Cache | None = None,
+    ) -> Tensor:
+        """Runs the prompt, with a first draft tree behind it where one is given.
+
+        Args:
+            inputs: ``input_ids [B, P]`` or ``inputs_embeds [B, P, D]`` and the model's other inputs (pixels ...).
+            prompt_mask: ``[B, P]`` with 0 at left padding, or None for no padding.
+            tree: its root is the last prompt token; nodes 1 .. N-1 ride behind the prompt in the same pass.
+            past: KV of the first tokens of the prompt, already computed.
+
+        Returns:
+            logits ``[B, N, V]`` of the tree's nodes (N = 1, the last prompt token, without a tree). Afterwards the
+            cache is committed up to, not including, the root.
+        """
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        length = (embeds if embeds is not None else ids).shape[1]
+        self._note_padding(prompt_mask)
+        filled = self.cache.load(past) if past is not None and past.get_seq_length() else 0
+        positions = self._prompt_positions(inputs, length)
+        drafted = 0 if tree is None else tree.width - 1
+        call = {k: v for k, v in inputs.items() if k not in ("input_ids", "inputs_embeds", "position_ids")}
+        if drafted:
+            assert tree is not None
+            nodes = tree.tokens[:, 1:].to(self.device)
+            if embeds is not None:
+                embeds = torch.cat([embeds, self.model.get_input_embeddings()(nodes)], dim=1)
+            else:
+                ids = torch.cat([ids.to(self.device), nodes], dim=1)
+            positions = torch.cat([positions, self._node_positions(tree, positions[:, -1])[:, 1:]], dim=1)
+            call["attention_mask"] = self._prefill_mask(tree, length, filled, positions)
+        elif prompt_mask is not None:
+            call["attention_mask"] = prompt_mask
+        call |= {"inputs_embeds": embeds[:, filled:]} if embeds is not None else {"input_ids": ids[:, filled:]}
+        logits = self._call(position_ids=positions[:, filled:], keep=drafted + 1, **call)
+        self.cache.set_lengths([length - 1] * logits.shape[0])
+        return logits
+
+    def forward(self, tokens: Tensor, positions: Tensor, tail_mask: Tensor | None) -> Tensor:
+        """Runs q more nodes per row behind the committed slots and any nodes still pending.
+
+        Args:
+            tokens: ``[B, q]`` int64.
+            positions: ``[B, q]`` int64 position ids.
+            tail_mask: ``[B, q, t + q]`` bool: which of the t pending and q new nodes each new node sees. None: each
+                row has one node, nothing is pending.
+
+        Returns:
+            logits ``[B, q, V]``.
+        """
+        if self.max_position is not None:
+            positions = positions.clamp(max=self.max_position)
+        mask = self._step_mask(tail_mask, positions)
+        return self._call(
+            input_ids=tokens.to(self.device), position_ids=positions.to(self.device), attention_mask=mask
+        )
+
+    def forward_tree(self, tree: TokenTree, root_positions: Tensor) -> Tensor:
+        """Runs a whole tree per row, root included; logits ``[B, N, V]``."""
+        if tree.width == 1:
+            return self.forward(tree.tokens, root_positions[:, None], None)
+        return self.forward(tree.tokens, tree.positions(root_positions), tree.ancestor_mask())
+
+    def commit(self, path: Tensor, length: Tensor, lengths: list[int]) -> None:
+        """Keeps the accepted path of the last tree (``lengths`` is ``length`` on the host), forgets the rest."""
+        slots = self.cache.lengths
+        if self.cache.pending > 1 or any(count > 1 for count in lengths):
+            self.cache.keep_path(path, length, slots)
+        self.cache.set_lengths([slot + count for slot, count in zip(slots, lengths, strict=True)])
+
+    def _call(self, keep: int | None = None, **inputs: Any) -> Tensor:
+        if keep is not None and "logits_to_keep" in self.parameters:
+            inputs["logits_to_keep"] = keep
+        output = self.model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
+        return output.logits if keep is None else output.logits[:, -keep:]
+
+    # ---------------------------------------------------------------- positions
+
+    def _note_padding(self, prompt_mask: Tensor | None) -> None:
+        if prompt_mask is None or bool(prompt_mask.all()):
+            return
+        self.valid = prompt_mask.to(self.device, torch.bool)
+        self.pads = (~self.valid).sum(dim=1).tolist()
+
+    def _prompt_positions(self, inputs: Mapping[str, Any], length: int) -> Tensor:
+        given = inputs.get("position_ids")
+        batch = len(self.pads)
+        if given is not None:
+            if given.dim() != 2 or given.shape[1] != length:
+                raise ValueError(f"position_ids must be [B, {length}], got {tuple(given.shape)}")
+            return given.to(self.device).expand(batch, -1)
+        positions = torch.arange(length, device=self.device)[None] - torch.tensor(
+            self.pads, device=self.device
+        ).reshape(-1, 1)
+        return positions.clamp(min=0)
+
+    def _node_positions(self, tree: TokenTree, roots: Tensor) -> Tensor:
+        positions = tree.depths().to(self.device) + roots[:, None]
+        return positions if self.max_position is None else positions.clamp(max=self.max_position)
+
+    # ---------------------------------------------------------------- masks
+
+    def _prefill_mask(self, tree: TokenTree, length: int, filled: int, positions: Tensor) -> Any:
+        total = length + tree.width - 1
+        batch = len(self.pads)
+        allowed = torch.ones(total, total, dtype=torch.bool, device=self.device).tril()
+        mask = allowed.expand(batch, total, total).clone()
+        if self.valid is not None:
+            mask[:, :, :length] &= self.valid[:, None, :]
+            # A padded query must see something, itself, or its softmax is NaN and so is everything after it.
+            mask |= torch.eye(total, dtype=torch.bool, device=self.device)
+        mask[:, length:, length:] = tree.ancestor_mask()[:, 1:, 1:].to(self.device)
+        return self._finish_mask(mask[:, filled:], positions[:, filled:], positions)
+
+    def _step_mask(self, tail_mask: Tensor | None, positions: Tensor) -> Any:
+        lengths, longest, pending = self.cache.lengths, self.cache.longest, self.cache.pending
+        count = positions.shape[1]
+        plain = self.valid is None and not self.cache.ragged
+        if tail_mask is None and plain and not self.layout.windowed:
+            return None
+        tail = self._tail(tail_mask, positions, pending)
+        if plain:
+            prefix = torch.ones((len(lengths), count, longest), dtype=torch.bool, device=self.device)
+            mask = torch.cat([prefix, tail], dim=2)
+        else:
+            starts = torch.tensor(lengths, device=self.device)[:, None]
+            seen = torch.arange(longest + pending + count, device=self.device) < starts
+            if self.valid is not None:
+                seen[:, : self.valid.shape[1]] &= self.valid
+            slots = starts + torch.arange(pending + count, device=self.device)
+            mask = seen[:, None].repeat(1, count, 1)
+            mask.scatter_(2, slots[:, None].expand(-1, count, -1), tail)
+        return self._finish_mask(mask, positions.to(self.device), self._key_positions(mask.shape[2], pending))
+
+    def _tail(self, tail_mask: Tensor | None, positions: Tensor, pending: int) -> Tensor:
+        positions = positions.to(self.device)
+        if pending and self._tail_positions is not None:
+            self._tail_positions = torch.cat([self._tail_positions[:, :pending], positions], dim=1)
+        else:
+            self._tail_positions = positions
+        if tail_mask is None:
+            return torch.ones((*positions.shape, 1), dtype=torch.bool, device=self.device)
+        return tail_mask.to(self.device)
+
+    def _key_positions(self, keys: int, pending: int) -> Tensor | None:
+        if not self.layout.windowed:
+            return None
+        assert self._tail_positions is not None
+        key_positions = torch.arange(keys, device=self.device).repeat(len(self.pads), 1)
+        key_positions -= torch.tensor(self.pads, device=self.device)[:, None]
+        starts = torch.tensor(self.cache.lengths, device=self.device)[:, None]
+        slots = starts + torch.arange(self._tail_positions.shape[1], device=self.device)
+        return key_positions.scatter(1, slots, self._tail_positions)
+
+    def _finish_mask(self, mask: Tensor, query_positions: Tensor, key_positions: Tensor | None) -> Any:
+        """[B, q, k] bool -> what the model's attention takes: 4-D, additive for eager, a dict where layers differ."""
+        full = self._as_attention_mask(mask)
+        if not self.layout.windowed:
+            return full
+        assert key_positions is not None and self.layout.window is not None
+        distance = query_positions[:, :, None] - key_positions[:, None, :]
+        windowed = self._as_attention_mask(mask & (distance < self.layout.window))
+        if self.layout.mixed:
+            return {"full_attention": full, "sliding_attention": windowed}
+        return windowed
+
+    def _as_attention_mask(self, mask: Tensor) -> Tensor:
+        mask = mask[:, None]
+        if self.layout.implementation != "eager":
+            return mask
+        # Eager attention adds the mask to the scores: a bool mask would silently add 0 and 1.
+        dtype = self.model.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(dtype).min
+        )
+
+
+class _MaskLayout:
+    """What kinds of attention a model's layers use: full, sliding, or both."""
+
+    def __init__(self, implementation: str, window: int | None, mixed: bool):
+        self.implementation = implementation
+        self.window = window
+        self.windowed = window is not None
+        self.mixed = mixed
+
+
+def _mask_layout(model: PreTrainedModel, config: Any) -> _MaskLayout:
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"model {name} is an encoder-decoder, only decoder-only models can be accelerated")
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation={implementation!r} of {name} takes no tree mask; load the model with "
+            "attn_implementation='sdpa' (or 'eager')"
+        )
+    kinds = set(getattr(config, "layer_types", None) or [])
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(f"model {name} has layers of type {sorted(unknown)}, which can not be rolled back")
+    window = getattr(config, "sliding_window", None)
+    if kinds and "sliding_attention" not in kinds:
+        window = None
+    if not kinds and not getattr(config, "use_sliding_window", True):
+        window = None
+    return _MaskLayout(implementation, window, mixed=len(kinds) == 2)
