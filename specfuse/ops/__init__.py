@@ -1,0 +1,9 @@
+"""The fused ops: one contract file each, registered as ``torch.ops.specfuse.<op>``."""
+
+from __future__ import annotations
+
+from specfuse.ops.compact_kv import compact_kv
+from specfuse.ops.implementations import implementations, self_test
+from specfuse.ops.verify_tree import AcceptedPath, verify_tree
+
+__all__ = ["AcceptedPath", "compact_kv", "implementations", "self_test", "verify_tree"]

@@ -1,0 +1,121 @@
+"""Contract of ``compact_kv``: the accepted path of a tree moves behind the prefix of the KV cache, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specfuse.kernels.compact_kv_ref import compact_kv_ref
+from specfuse.ops import native
+
+torch.library.define(
+    "specfuse::compact_kv", "(Tensor(a!)[] kv, Tensor path, Tensor length, Tensor start) -> ()"
+)
+_op = torch.ops.specfuse.compact_kv.default
+
+
+def _check(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> None:
+    if path.dim() != 2 or path.dtype != torch.int32:
+        raise ValueError(f"path must be [B, K] int32, got {list(path.shape)} {path.dtype}")
+    B = path.shape[0]
+    for name, t, dtype in (("length", length, torch.int32), ("start", start, torch.int64)):
+        if t.shape != (B,) or t.dtype != dtype or t.device != path.device:
+            raise ValueError(
+                f"{name} must be [{B}] {dtype} on {path.device}, got {list(t.shape)} {t.dtype} on {t.device}"
+            )
+    for i, t in enumerate(kv):
+        if t.dim() != 4 or t.shape[0] != B or t.device != path.device:
+            raise ValueError(
+                f"kv[{i}] must be [{B}, G, Smax, D] on {path.device}, got {list(t.shape)} on {t.device}"
+            )
+        if t.stride(3) != 1 and t.shape[3] > 1:
+            raise ValueError(
+                f"kv[{i}] must be contiguous in its last dimension, got strides {list(t.stride())}"
+            )
+        if t.element_size() not in (1, 2, 4, 8):
+            raise ValueError(f"kv[{i}] must have elements of 1, 2, 4 or 8 bytes, got {t.dtype}")
+
+
+@torch.library.register_fake("specfuse::compact_kv")
+def _fake(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> None:
+    _check(kv, path, length, start)
+
+
+@torch.library.impl("specfuse::compact_kv", "default")
+def _reference(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> None:
+    _check(kv, path, length, start)
+    _check_values(kv, path, length, start)
+    compact_kv_ref(list(kv), path, length, start)
+
+
+def _check_values(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> None:
+    """The checks of csrc/compact_kv_cpu.cpp, in its words."""
+    slots = min((t.shape[2] for t in kv), default=0)
+    for nodes, n, first in zip(path.tolist(), length.tolist(), start.tolist(), strict=True):
+        if not 0 <= n <= len(nodes):
+            raise ValueError(f"length must lie between 0 and the number of path slots, got {n}")
+        if any(
+            b <= a or b < i for i, (a, b) in enumerate(zip(nodes[: n - 1], nodes[1:n], strict=True), start=1)
+        ):
+            raise ValueError(f"path must increase strictly from node 0 along each row, got {nodes[:n]}")
+        if n > 1 and kv and (first < 0 or first + nodes[n - 1] >= slots):
+            raise ValueError(f"start plus the last path node must lie inside every kv tensor, got {first}")
+    if path.shape[0] > 1 and any(t.stride(0) == 0 for t in kv):
+        raise ValueError("kv must not share memory between batch rows")
+
+
+def _native_call(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> tuple:
+    """Arguments of the native functions (see csrc/bindings_cpu.cpp) and what must stay alive meanwhile."""
+    _check(kv, path, length, start)
+    inputs = [t.contiguous() for t in (path, length, start)]
+    table = []
+    for t in kv:
+        _, G, Smax, D = t.shape
+        b, g, s, _ = t.stride()
+        size = t.element_size()
+        table.append((t.data_ptr(), b * size, g * size, s * size, G, Smax, D * size))
+    return (table, *path.shape, *(t.data_ptr() for t in inputs)), inputs
+
+
+if native.cpu is not None:
+
+    @torch.library.impl("specfuse::compact_kv", "cpu")
+    def _cpu(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> None:
+        call, _inputs = _native_call(kv, path, length, start)
+        native.cpu.compact_kv(*call)
+
+
+if native.cuda is not None:
+
+    @torch.library.impl("specfuse::compact_kv", "cuda")
+    def _cuda(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> None:
+        call, _inputs = _native_call(kv, path, length, start)
+        with torch.cuda.device(path.device):
+            native.cuda.compact_kv(*call, torch.cuda.current_stream().cuda_stream)
+
+
+def compact_kv(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> None:
+    """Keep the accepted path of a tree in the KV cache: its slots move up behind the prefix, in place.
+
+    Equivalent to, for every tensor and row b, with ``n = length[b]`` and ``s = start[b]``::
+
+        kv[b, :, s + 1 : s + n] = kv[b, :, s + path[b, 1:n]].clone()
+
+    Nothing else changes. The slots that become stale keep what they hold.
+
+    Args:
+        kv: the keys and values of all layers, each ``[B, G, Smax, D]`` in any dtype of 1, 2, 4 or 8 bytes. Only D must
+            be contiguous; G, Smax, D and strides may differ between tensors. Changed in place.
+        path: ``[B, K]`` int32 visited nodes as :func:`verify_tree` returns them: strictly increasing from 0.
+        length: ``[B]`` int32 visited nodes per row, 0 for a row to leave alone.
+        start: ``[B]`` int64 (or int32) slot of tree node 0 in that row.
+
+    Raises:
+        ValueError: naming the argument, for a wrong shape, dtype or device; and, on the CPU, for a path that does not
+            increase or leaves the cache (nothing is moved then). On a GPU such moves are left out instead.
+
+    Source: the cache update of tree decoding, Miao et al., "SpecInfer", ASPLOS 2024, section 4.
+    """
+    _op(list(kv), path, length, start.to(torch.int64))

@@ -1,0 +1,213 @@
+"""Contract of ``verify_tree``: which drafted tokens survive, and the token that follows them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specfuse.kernels.verify_tree_ref import verify_tree_ref
+from specfuse.ops import native
+
+if TYPE_CHECKING:
+    from specfuse.tree import TokenTree
+
+MAX_NODES = 1024
+_LOGITS_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # codes of csrc/verify_tree.h
+
+torch.library.define(
+    "specfuse::verify_tree",
+    "(Tensor logits, Tensor tokens, Tensor parents, Tensor num_nodes, Tensor temperature, Tensor top_k, "
+    "Tensor top_p, Tensor min_p, Tensor seed, Tensor positions) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_op = torch.ops.specfuse.verify_tree.default
+
+
+class AcceptedPath(NamedTuple):
+    """What a tree's target pass emits: one token per visited node."""
+
+    path: Tensor  # [B, N] int32 visited nodes, path[:, 0] = 0 (the root), padded with -1
+    length: Tensor  # [B] int32 visited nodes = emitted tokens = accepted drafts + 1; 0 where num_nodes is 0
+    next_token: Tensor  # [B] int64 token emitted at the last visited node; -1 where there is no distribution
+    logprobs: Tensor  # [B, N] float32 log-probability of the token emitted at path[b, i], padded with 0
+
+
+def _check(logits: Tensor, tokens: Tensor, parents: Tensor, num_nodes: Tensor, *per_row: Tensor) -> None:
+    if logits.dim() != 3 or logits.dtype not in _LOGITS_DTYPES:
+        raise ValueError(f"logits must be [B, N, V] float32, float16 or bfloat16, got {_describe(logits)}")
+    B, N, V = logits.shape
+    if not 1 <= N <= MAX_NODES or V < 1:
+        raise ValueError(f"logits must have 1 to {MAX_NODES} nodes and a vocabulary, got {_describe(logits)}")
+    expected = [("tokens", tokens, (B, N), torch.int64), ("parents", parents, (B, N), torch.int32)]
+    expected.append(("num_nodes", num_nodes, (B,), torch.int32))
+    dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
+    expected += [(name, t, (B,), dtype) for name, t, dtype in zip(_PER_ROW, per_row, dtypes, strict=True)]
+    for name, t, shape, dtype in expected:
+        if t.shape != shape or t.dtype != dtype or t.device != logits.device:
+            raise ValueError(f"{name} must be {list(shape)} {dtype} on {logits.device}, got {_describe(t)}")
+
+
+_PER_ROW = ("temperature", "top_k", "top_p", "min_p", "seed", "positions")
+_RULES = {
+    "temperature": (lambda v: 0.0 <= v < math.inf, "must be finite and not negative"),
+    "top_k": (lambda v: v >= 0, "must not be negative"),
+    "top_p": (lambda v: 0.0 < v <= 1.0, "must lie in (0, 1]"),
+    "min_p": (lambda v: 0.0 <= v <= 1.0, "must lie in [0, 1]"),
+}
+
+
+def _describe(t: Tensor) -> str:
+    return f"{list(t.shape)} {t.dtype} on {t.device}"
+
+
+def _check_value(name: str, value: float) -> None:
+    if name in _RULES and not _RULES[name][0](value):
+        raise ValueError(f"{name} {_RULES[name][1]}, got {value}")
+
+
+@torch.library.register_fake("specfuse::verify_tree")
+def _fake(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(logits, *args)
+    return _empty_outputs(logits)
+
+
+def _empty_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, N, _ = logits.shape
+    return (
+        logits.new_empty((B, N), dtype=torch.int32),
+        logits.new_empty((B,), dtype=torch.int32),
+        logits.new_empty((B,), dtype=torch.int64),
+        logits.new_empty((B, N), dtype=torch.float32),
+    )
+
+
+@torch.library.impl("specfuse::verify_tree", "default")
+def _reference(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(logits, *args)
+    for name, values in zip(_PER_ROW, args[3:], strict=True):
+        for value in values.tolist():
+            _check_value(name, value)
+    for n in args[2].tolist():
+        if not 0 <= n <= logits.shape[1]:
+            raise ValueError(f"num_nodes must lie between 0 and the tree's width {logits.shape[1]}, got {n}")
+    return verify_tree_ref(logits, *args)
+
+
+def _native_call(logits: Tensor, args: tuple[Tensor, ...]) -> tuple:
+    """Arguments of the native functions (see csrc/bindings_cpu.cpp), the outputs, and what must stay alive."""
+    _check(logits, *args)
+    inputs = [t.contiguous() for t in args]
+    outputs = _empty_outputs(logits)
+    call = (
+        logits.data_ptr(),
+        _LOGITS_DTYPES[logits.dtype],
+        logits.shape,
+        logits.stride(),
+        [t.data_ptr() for t in inputs],
+        [t.data_ptr() for t in outputs],
+    )
+    return call, outputs, inputs
+
+
+if native.cpu is not None:
+
+    @torch.library.impl("specfuse::verify_tree", "cpu")
+    def _cpu(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        call, outputs, _inputs = _native_call(logits, args)
+        native.cpu.verify_tree(*call)
+        return outputs
+
+
+if native.cuda is not None:
+
+    @torch.library.impl("specfuse::verify_tree", "cuda")
+    def _cuda(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        call, outputs, _inputs = _native_call(logits, args)
+        with torch.cuda.device(logits.device):
+            native.cuda.verify_tree(*call, torch.cuda.current_stream().cuda_stream)
+        return outputs
+
+
+def _per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value`` as a [B] tensor beside ``like`` [B, N, V]; numbers are checked here, tensors by the op."""
+    if isinstance(value, Tensor):
+        return value.to(device=like.device, dtype=dtype).expand(like.shape[0])
+    _check_value(name, value)
+    if name == "temperature" and 0.0 < value < torch.finfo(torch.float32).tiny:
+        raise ValueError(f"temperature must be 0 (greedy) or a normal float32, got {value}")
+    if not dtype.is_floating_point:
+        # Seeds wrap to 64 bits; any top_k beyond the vocabulary is the same as the vocabulary.
+        value = min(value, 2**31 - 1) if name == "top_k" else (int(value) + 2**63) % 2**64 - 2**63
+    return torch.full((like.shape[0],), value, dtype=dtype, device=like.device)
+
+
+def verify_tree(
+    logits: Tensor,
+    tree: TokenTree,
+    *,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor = 0,
+    positions: int | Tensor | None = None,
+) -> AcceptedPath:
+    """Walk each row's draft tree: emit one token per visited node and descend into the child that holds it.
+
+    The token emitted at a node is ``argmax(filter(logits / temperature) + gumbel(seed, position, token))``, a draw
+    from the target's own filtered distribution, or ``argmax(logits)`` where the temperature is 0 (ties go to the
+    lowest id). What is emitted never depends on the drafts, so the result is exact for any drafter, any number of
+    siblings, and equals sampling token by token with the same seed. Equivalent, for one row, to::
+
+        node = 0
+        while node is not None:
+            token = emit(logits[node], position=positions + depth(node) + 1)
+            node = next((c for c in children(node) if tree.tokens[c] == token), None)
+
+    Args:
+        logits: ``[B, N, V]`` float32, float16 or bfloat16, any strides; ``logits[b, i]`` is the target's prediction
+            after node i. float64 is rounded to float32, as transformers' generate does. -inf marks an impossible
+            token. A row with NaN, with only -inf, or (sampling) with +inf has no distribution: the walk ends there
+            with ``next_token`` -1 and log-probability NaN.
+        tree: the drafted tokens, N nodes wide (at most 1024). Padding after ``num_nodes`` is never read.
+        temperature: 0 for greedy decoding, which ignores the filters. Number or ``[B]``, as all that follow.
+        top_k: keep the k largest logits and their ties; 0 keeps all.
+        top_p: then keep a token if the mass strictly before it, in (probability descending, id ascending) order, is
+            below ``top_p``; 1 keeps all.
+        min_p: then keep tokens of at least ``min_p`` times the largest probability; 0 keeps all.
+        seed: an integer s gives row b the seed ``s + b`` (mod 2**64); a tensor is used as it is.
+        positions: absolute position of each root in its own sequence, padding not counted; None means 0. The token
+            emitted at depth d has position ``positions + d + 1``.
+
+    Returns:
+        An :class:`AcceptedPath`. Log-probabilities are those of the filtered distribution at this temperature, for
+        greedy rows those of the unfiltered one at temperature 1.
+
+    Raises:
+        ValueError: naming the argument and its value, for a wrong shape, dtype, device or range. Values in tensors
+            on a GPU are not checked, since that would wait for the device.
+
+    Source: Gumbel-max sampling, e.g. Maddison, Tarlow, Minka, "A* sampling", NeurIPS 2014; noise from Philox-4x32-10.
+    """
+    if logits.dtype == torch.float64:
+        logits = logits.float()
+    if logits.dim() != 3:
+        raise ValueError(f"logits must be [B, N, V], got {_describe(logits)}")
+    seeds = _per_row("seed", seed, logits, torch.int64)
+    if not isinstance(seed, Tensor):
+        seeds = seeds + torch.arange(logits.shape[0], device=logits.device)
+    outputs = _op(
+        logits.detach(),
+        tree.tokens,
+        tree.parents,
+        tree.num_nodes,
+        _per_row("temperature", temperature, logits, torch.float32),
+        _per_row("top_k", top_k, logits, torch.int32),
+        _per_row("top_p", top_p, logits, torch.float32),
+        _per_row("min_p", min_p, logits, torch.float32),
+        seeds,
+        _per_row("positions", 0 if positions is None else positions, logits, torch.int64),
+    )
+    return AcceptedPath(*outputs)
