@@ -1,0 +1,95 @@
+"""Entry point of the ``specfuse`` command.
+
+Only the sub-command that was asked for is imported, so that ``specfuse --help`` does not load torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
+
+import typer
+
+# name -> (module, function, one line for --help)
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "generate": ("specfuse.cli.generate", "generate", "Answer a question about a video."),
+    "replay": ("specfuse.cli.replay", "replay", "Run recorded answers through a drafter; needs no model."),
+    "doctor": ("specfuse.cli.doctor", "doctor", "Show versions, native code, backends; self-test every op."),
+    "init-tiny": ("specfuse.cli.init_tiny", "init_tiny", "Write a tiny random Video-LLaVA directory."),
+}
+
+
+def build_app(wanted: str | None) -> typer.Typer:
+    """The typer application, with ``wanted`` as the one command whose module is imported."""
+    app = typer.Typer(
+        name="specfuse",
+        help="Lossless speculative decoding for video-language models.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback(invoke_without_command=True)
+    def options(
+        version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+    ) -> None:
+        if version:
+            print(metadata.version("specfuse"))
+            raise typer.Exit
+
+    for name, (module, function, line) in COMMANDS.items():
+        command = getattr(import_module(module), function) if name == wanted else _placeholder
+        app.command(name, short_help=line)(command)
+    return app
+
+
+def _placeholder() -> None:
+    """Stands in the list of --help for a command that was not asked for."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code: 0 done, 1 a failed check, 2 a mistake of the user."""
+    wanted = next((a for a in arguments if not a.startswith("-")), None)
+    try:
+        result = build_app(wanted)(list(arguments) or ["--help"], standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except typer.Exit as leave:
+        return leave.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of a pipe such as `specfuse ... | head` has left; Python must not flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        if os.environ.get("SPECFUSE_DEBUG"):
+            raise
+        return _fail(_one_line(error), 2)
+    except Exception as error:
+        # Usage errors of typer and of click have no public base class; this method is what they share.
+        message: Callable[[], str] | None = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        return _fail(" ".join(message().split()), getattr(error, "exit_code", 2))
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"specfuse: error: {text}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Reading what goes in: video files and recordings of answers."""
