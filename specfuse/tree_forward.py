@@ -85,8 +85,7 @@ class TreeForward:
         positions = self._prompt_positions(inputs, length)
         drafted = 0 if tree is None else tree.width - 1
         call = {k: v for k, v in inputs.items() if k not in ("input_ids", "inputs_embeds", "position_ids")}
-        if drafted:
-            assert tree is not None
+        if tree is not None:
             nodes = tree.tokens[:, 1:].to(self.device)
             if embeds is not None:
                 embeds = torch.cat([embeds, self.model.get_input_embeddings()(nodes)], dim=1)
@@ -166,8 +165,7 @@ class TreeForward:
     # ---------------------------------------------------------------- masks
 
     def _prefill_mask(self, tree: TokenTree, length: int, filled: int, positions: Tensor) -> Any:
-        total = length + tree.width - 1
-        batch = len(self.pads)
+        batch, total = positions.shape
         allowed = torch.ones(total, total, dtype=torch.bool, device=self.device).tril()
         mask = allowed.expand(batch, total, total).clone()
         if self.valid is not None:

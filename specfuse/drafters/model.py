@@ -220,9 +220,10 @@ def _own_inputs(drafter: ModelDrafter, state: DraftState) -> dict[str, Any]:
         shared = {k: v for k, v in state.inputs.items() if k in accepted and v is not None}
         shared.pop("inputs_embeds", None)
         return shared | {"input_ids": state.inputs["input_ids"]}
-    prompts = [state.question(b) for b in range(state.batch_size)]
+    vocab = drafter.model.config.get_text_config(decoder=True).vocab_size
+    prompts = [[t for t in state.question(b) if t < vocab] or [0] for b in range(state.batch_size)]
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     device = drafter.model.device
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
