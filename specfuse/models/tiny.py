@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, VideoLlavaForConditionalGeneration, VideoLlavaProcessor
 
 IMAGE_SIZE, PATCH_SIZE = 56, 14
+# The trainer numbers them from 0 in this order.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<video>")
 
 # What the tokenizer learns its merges from. Single bytes are in the vocabulary, so any text can be encoded.
@@ -146,8 +147,8 @@ def _model(tokenizer: PreTrainedTokenizerFast, seed: int) -> VideoLlavaForCondit
     config = VideoLlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_token_index=SPECIAL_TOKENS.index("<image>"),
+        video_token_index=SPECIAL_TOKENS.index("<video>"),
         image_seq_length=frame_tokens - 1,
         video_seq_length=8 * frame_tokens,
     )
@@ -155,7 +156,7 @@ def _model(tokenizer: PreTrainedTokenizerFast, seed: int) -> VideoLlavaForCondit
     _draw_weights(model, seed)
     with torch.no_grad():
         # An answer holds text only (a logit of 0 never wins), and may stop.
-        silent = [tokenizer.convert_tokens_to_ids(t) for t in SPECIAL_TOKENS if t != tokenizer.eos_token]
+        silent = [i for i in range(len(SPECIAL_TOKENS)) if i != tokenizer.eos_token_id]
         model.lm_head.weight[silent] = 0
     for name, value in ids.items():
         setattr(model.generation_config, name, value)
