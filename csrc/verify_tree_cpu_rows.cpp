@@ -6,17 +6,17 @@
 #include <limits>
 
 #include "verify_tree.h"
+#include "verify_tree_cpu_noise.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SPECFUSE_X86 1
-#endif
+// Vectors never cross a call that is not inlined, so the ABI notes about them are moot.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #define SPECFUSE_INLINE static inline __attribute__((always_inline))
 
 namespace specfuse {
 namespace {
 
-// Tokens per step of the sampling pass: 16 Philox blocks of four tokens each.
-constexpr int64_t kStep = 64;
+constexpr int64_t kStep = kNoiseStep;
 static_assert(kStep == kChunk, "a step covers one chunk");
 
 SPECFUSE_INLINE float bits_to_float(uint32_t bits) {
@@ -25,23 +25,46 @@ SPECFUSE_INLINE float bits_to_float(uint32_t bits) {
   return value;
 }
 
+SPECFUSE_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Vector types of the compiler, because it does not vectorise comparisons of floats on its own unless told
+// that they cannot trap. Eight lanes are one AVX register, or two SSE or NEON ones.
+constexpr int kLanes = 8;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+SPECFUSE_INLINE Floats load(const float* x) {
+  Floats values;
+  std::memcpy(&values, x, sizeof values);
+  return values;
+}
+
 // exp(x) for x <= 0, relative error about 2e-7 near 0 growing to 1e-5 at -87, where it levels off; exactly 1
 // at 0. 2^f on [-1/2, 1/2] is its Taylor polynomial, scaled by writing the integer part into the exponent.
-SPECFUSE_INLINE float exp_nonpositive(float x) {
-  const float t = std::max(x, -87.0f) * 1.44269504f;
-  const float shifted = t + 12582912.0f;  // 1.5 * 2^23 rounds t to an integer in the low bits
-  const float f = t - (shifted - 12582912.0f);
-  float p = 1.54035304e-4f;
-  p = p * f + 1.33335581e-3f;
+SPECFUSE_INLINE Floats exp_nonpositive(const Floats& x) {
+  const Floats lowest = Floats{} - 87.0f;
+  const Floats t = (x > -87.0f ? x : lowest) * 1.44269504f;
+  const Floats shifted = t + 12582912.0f;  // 1.5 * 2^23 rounds t to an integer in the low bits
+  const Floats f = t - (shifted - 12582912.0f);
+  Floats p = 1.54035304e-4f * f + 1.33335581e-3f;
   p = p * f + 9.61812911e-3f;
   p = p * f + 5.55041087e-2f;
   p = p * f + 2.40226507e-1f;
   p = p * f + 6.93147181e-1f;
   p = p * f + 1.0f;
-  uint32_t exponent, bits;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  std::memcpy(&bits, &p, sizeof bits);
-  return bits_to_float(bits + (exponent << 23));
+  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + (reinterpret_cast<Ints>(shifted) << 23));
+}
+
+// The kStep logits from `base` on, behind the row's end filled up with -inf (impossible tokens) in `buffer`.
+SPECFUSE_INLINE const float* step_at(const float* x, int64_t base, int64_t V, float* buffer) {
+  if (base + kStep <= V) return x + base;
+  std::fill(buffer, buffer + kStep, -std::numeric_limits<float>::infinity());
+  std::memcpy(buffer, x + base, (V - base) * sizeof(float));
+  return buffer;
 }
 
 SPECFUSE_INLINE void from_half_body(const uint16_t* in, int64_t V, float* out) {
@@ -51,10 +74,8 @@ SPECFUSE_INLINE void from_half_body(const uint16_t* in, int64_t V, float* out) {
     // Multiplying by 2^112 moves the exponent's bias and normalises subnormals; infinity and NaN keep all
     // ones.
     const float scaled = bits_to_float(magnitude) * 0x1p112f;
-    uint32_t bits;
-    std::memcpy(&bits, &scaled, sizeof bits);
-    bits |= (magnitude >= 0x0F800000u) ? 0x7F800000u : 0u;
-    out[i] = bits_to_float(bits | sign);
+    const uint32_t special = magnitude >= 0x0F800000u ? 0x7F800000u : 0u;
+    out[i] = bits_to_float(float_to_bits(scaled) | special | sign);
   }
 }
 
@@ -63,108 +84,74 @@ SPECFUSE_INLINE void from_bfloat16_body(const uint16_t* in, int64_t V, float* ou
 }
 
 SPECFUSE_INLINE bool chunk_maxima_body(const float* x, int64_t V, float* maxima) {
-  constexpr int kLanes = 16;
-  int32_t nan[kLanes] = {};
-  int64_t base = 0;
-  for (; base + kChunk <= V; base += kChunk) {
-    float best[kLanes];
-    for (int j = 0; j < kLanes; ++j) best[j] = -std::numeric_limits<float>::infinity();
-    for (int64_t i = base; i < base + kChunk; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        const float value = x[i + j];
-        best[j] = value > best[j] ? value : best[j];
-        nan[j] |= value != value;
-      }
+  Ints nan{};
+  float buffer[kStep];
+  for (int64_t base = 0; base < V; base += kStep) {
+    const float* step = step_at(x, base, V, buffer);
+    Floats best = load(step);
+    for (int i = 0; i < kStep; i += kLanes) {
+      const Floats values = load(step + i);
+      best = values > best ? values : best;
+      nan |= values != values;
     }
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int j = 0; j < width; ++j) best[j] = best[j + width] > best[j] ? best[j + width] : best[j];
-    }
-    maxima[base / kChunk] = best[0];
+    float chunk = best[0];
+    for (int j = 1; j < kLanes; ++j) chunk = best[j] > chunk ? best[j] : chunk;
+    maxima[base / kStep] = chunk;
   }
-  bool found = false;
-  if (base < V) {
-    float best = -std::numeric_limits<float>::infinity();
-    for (int64_t i = base; i < V; ++i) {
-      best = x[i] > best ? x[i] : best;
-      found |= x[i] != x[i];
-    }
-    maxima[base / kChunk] = best;
-  }
-  for (int j = 0; j < kLanes; ++j) found |= nan[j] != 0;
-  return found;
+  int32_t found = 0;
+  for (int j = 0; j < kLanes; ++j) found |= nan[j];
+  return found != 0;
 }
 
-SPECFUSE_INLINE bool inside(float value, int64_t id, Cut cut) {
-  return value > cut.value || (value == cut.value && id <= cut.last_id);
+// Weights of one step of tokens, the first of which is `base`; 0 outside the cut. Returns their sums per
+// lane.
+SPECFUSE_INLINE Floats step_weights(const float* step, int64_t base, float max, float inverse_temperature,
+                                    Cut cut, float* weights) {
+  const auto last = static_cast<int32_t>(std::clamp<int64_t>(cut.last_id - base, -1, kStep));
+  Ints index = {0, 1, 2, 3, 4, 5, 6, 7};
+  Floats sums{};
+  for (int i = 0; i < kStep; i += kLanes) {
+    const Floats values = load(step + i);
+    const Ints keep = (values > cut.value) | ((values == cut.value) & (index <= last));
+    const Floats exps = exp_nonpositive((values - max) * inverse_temperature);
+    const auto kept = reinterpret_cast<Floats>(reinterpret_cast<Ints>(exps) & keep);
+    std::memcpy(weights + i, &kept, sizeof kept);
+    sums += kept;
+    index += kLanes;
+  }
+  return sums;
 }
 
-// Weights of up to one step of tokens, 0 outside the cut; returns their sum.
-SPECFUSE_INLINE double step_weights(const float* x, int64_t base, int64_t count, float max,
-                                    float inverse_temperature, Cut cut, float* weights) {
-  const int32_t last = static_cast<int32_t>(std::clamp<int64_t>(cut.last_id - base, -1, kStep));
-  float sums[8] = {};
-  if (count == kStep) {
-    for (int i = 0; i < kStep; i += 8) {
-      for (int j = 0; j < 8; ++j) {
-        const float value = x[base + i + j];
-        const int keep = (value > cut.value) | ((value == cut.value) & (i + j <= last));
-        const float weight = keep ? exp_nonpositive((value - max) * inverse_temperature) : 0.0f;
-        weights[i + j] = weight;
-        sums[j] += weight;
-      }
-    }
-  } else {
-    for (int i = 0; i < count; ++i) {
-      const float value = x[base + i];
-      weights[i] = inside(value, base + i, cut) ? exp_nonpositive((value - max) * inverse_temperature) : 0.0f;
-      sums[0] += weights[i];
-    }
-  }
+SPECFUSE_INLINE double sum_of(const Floats& values) {
   double sum = 0.0;
-  for (int j = 0; j < 8; ++j) sum += sums[j];
+  for (int j = 0; j < kLanes; ++j) sum += values[j];
   return sum;
 }
 
 SPECFUSE_INLINE double exp_mass_body(const float* x, int64_t V, float max, float inverse_temperature,
                                      Cut cut) {
-  float weights[kStep];
+  float weights[kStep], buffer[kStep];
   double mass = 0.0;
   for (int64_t base = 0; base < V; base += kStep) {
-    mass += step_weights(x, base, std::min(kStep, V - base), max, inverse_temperature, cut, weights);
+    mass += sum_of(step_weights(step_at(x, base, V, buffer), base, max, inverse_temperature, cut, weights));
   }
   return mass;
 }
 
-// The 24-bit uniforms of kStep consecutive tokens, the first a multiple of kStep.
-SPECFUSE_INLINE void step_noise(int64_t base, int64_t seed, int64_t position, uint32_t* words) {
-  constexpr int kBlocks = kStep / 4;
-  uint32_t c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
-  for (int j = 0; j < kBlocks; ++j) {
-    c0[j] = static_cast<uint32_t>(base / 4 + j);
-    c1[j] = static_cast<uint32_t>(position);
-    c2[j] = static_cast<uint32_t>(position >> 32);
-    c3[j] = 0;
+SPECFUSE_INLINE bool any_candidate(const uint32_t* words, const float* weights, float scale) {
+  Ints any{};
+  for (int i = 0; i < kStep; i += kLanes) {
+    Ints bits;
+    std::memcpy(&bits, words + i, sizeof bits);
+    const Floats uniforms = __builtin_convertvector((bits >> 8) & 0xFFFFFF, Floats) * 0x1p-24f;
+    any |= 1.0f - uniforms <= load(weights + i) * scale;
   }
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int j = 0; j < kBlocks; ++j) {
-      const uint64_t p0 = uint64_t{0xD2511F53u} * c0[j], p1 = uint64_t{0xCD9E8D57u} * c2[j];
-      c0[j] = static_cast<uint32_t>(p1 >> 32) ^ c1[j] ^ key0;
-      c1[j] = static_cast<uint32_t>(p1);
-      c2[j] = static_cast<uint32_t>(p0 >> 32) ^ c3[j] ^ key1;
-      c3[j] = static_cast<uint32_t>(p0);
-    }
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  for (int j = 0; j < kBlocks; ++j) {
-    words[4 * j] = c0[j];
-    words[4 * j + 1] = c1[j];
-    words[4 * j + 2] = c2[j];
-    words[4 * j + 3] = c3[j];
-  }
+  int32_t found = 0;
+  for (int j = 0; j < kLanes; ++j) found |= any[j];
+  return found != 0;
 }
 
+template <void (*step_noise)(int64_t, int64_t, int64_t, uint32_t*)>
 SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery& q) {
   const float inverse_temperature =
       static_cast<float>(std::min<double>(1.0 / q.temperature, std::numeric_limits<float>::max()));
@@ -177,26 +164,20 @@ SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery&
     return static_cast<float>(1.0001 * std::exp(q.max / q.temperature - score));
   };
   float scale = scale_of(best_score);
-  float weights[kStep];
+  float weights[kStep], buffer[kStep];
   uint32_t words[kStep];
   for (int64_t base = 0; base < V; base += kStep) {
-    const int64_t count = std::min(kStep, V - base);
-    const double sum = step_weights(x, base, count, q.max, inverse_temperature, q.cut, weights);
+    const float* step = step_at(x, base, V, buffer);
+    const double sum = sum_of(step_weights(step, base, q.max, inverse_temperature, q.cut, weights));
     mass += sum;
     // 1 - u is at least 2^-24: a step of smaller weights holds no winner and needs no noise.
     if (sum * scale < 0x1p-24) continue;
     step_noise(base, q.seed, q.position, words);
-    for (int64_t i = count; i < kStep; ++i) weights[i] = 0.0f;
-    int32_t candidates = 0;
+    if (!any_candidate(words, weights, scale)) continue;
     for (int i = 0; i < kStep; ++i) {
-      const float rest = 1.0f - static_cast<float>(static_cast<int32_t>(words[i] >> 8)) * 0x1p-24f;
-      candidates += rest <= weights[i] * scale;
-    }
-    if (candidates == 0) continue;
-    for (int64_t i = 0; i < count; ++i) {
-      const float rest = 1.0f - static_cast<float>(static_cast<int32_t>(words[i] >> 8)) * 0x1p-24f;
+      const float rest = 1.0f - static_cast<float>(words[i] >> 8) * 0x1p-24f;
       if (rest > weights[i] * scale) continue;
-      const double score = x[base + i] / q.temperature + gumbel_double(words[i]);
+      const double score = step[i] / q.temperature + gumbel_double(words[i]);
       if (score > best_score || (score == best_score && base + i < best.token)) {
         best_score = score;
         best.token = base + i;
@@ -223,7 +204,7 @@ SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery&
     return exp_mass_body(x, V, max, inverse_temperature, cut);                                           \
   }                                                                                                      \
   attributes Sample sample_##suffix(const float* x, int64_t V, const SampleQuery& query) {               \
-    return sample_body(x, V, query);                                                                     \
+    return sample_body<step_noise_##suffix>(x, V, query);                                                \
   }                                                                                                      \
   constexpr RowPasses passes_##suffix{from_half_##suffix, from_bfloat16_##suffix, chunk_maxima_##suffix, \
                                       exp_mass_##suffix, sample_##suffix};

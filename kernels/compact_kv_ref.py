@@ -6,9 +6,10 @@ from torch import Tensor
 
 
 def compact_kv_ref(kv: list[Tensor], path: Tensor, length: Tensor, start: Tensor) -> None:
-    """Move slot ``start + path[b, i]`` to slot ``start + i`` for ``1 <= i < length[b]``, in every tensor, in place.
+    """Move slot ``start + path[b, i]`` to ``start + i`` for ``1 <= i < length[b]``, in every tensor.
 
-    Shapes and meaning are those of :func:`specfuse.ops.compact_kv`, which calls this where no native code is built.
+    Shapes and meaning are those of :func:`specfuse.ops.compact_kv`, which calls this where no native code is
+    built.
     """
     for b, (n, first) in enumerate(zip(length.tolist(), start.tolist(), strict=True)):
         source = first + path[b, 1:n].long()

@@ -12,7 +12,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of ``a * b`` for 32-bit values held in int64 (which cannot hold the whole product)."""
+    """High and low 32 bits of ``a * b`` for 32-bit values in int64, which cannot hold the whole product."""
     low_part = a * (b & 0xFFFF)
     high_part = a * (b >> 16) + (low_part >> 16)
     return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)

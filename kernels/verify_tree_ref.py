@@ -13,8 +13,9 @@ from specfuse.kernels.philox_ref import gumbel
 def filter_logits(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     """``z`` [V] float64 with every token outside top-k, then top-p, then min-p set to -inf.
 
-    Equivalent to transformers' TopK, TopP and MinP warpers in that order. In top-p a token stays if the mass strictly
-    before it, in (probability descending, id ascending) order, is below ``top_p``; so at least one stays.
+    Equivalent to transformers' TopK, TopP and MinP warpers in that order. In top-p a token stays if the mass
+    strictly before it, in (probability descending, id ascending) order, is below ``top_p``; so at least one
+    stays.
     """
     if 0 < top_k < z.numel():
         z = z.masked_fill(z < z.topk(top_k).values[-1], -math.inf)
@@ -30,7 +31,7 @@ def filter_logits(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 def emit(
     row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, seed: Tensor, position: Tensor
 ) -> tuple[int, float]:
-    """The token that the target emits from the logits ``row`` [V] and its log-probability; (-1, nan) if none."""
+    """The token that the target emits from logits ``row`` [V] and its log-probability; (-1, nan) if none."""
     x = row.double()
     none = (-1, math.nan)
     if x.isnan().any() or (x == -math.inf).all():
@@ -60,7 +61,8 @@ def verify_tree_ref(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Walk each tree from its root: emit a token, descend into the child that holds it, stop where none does.
 
-    Shapes and meaning are those of :func:`specfuse.ops.verify_tree`, which calls this where no native code is built.
+    Shapes and meaning are those of :func:`specfuse.ops.verify_tree`, which calls this where no native code is
+    built.
     """
     B, N, _ = logits.shape
     path = torch.full((B, N), -1, dtype=torch.int32)

@@ -1,7 +1,8 @@
-"""Contract of ``compact_kv``: the accepted path of a tree moves behind the prefix of the KV cache, in place."""
+"""Contract of ``compact_kv``: the accepted path of a tree moves behind the prefix of the KV cache."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -56,9 +57,8 @@ def _check_values(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Ten
     for nodes, n, first in zip(path.tolist(), length.tolist(), start.tolist(), strict=True):
         if not 0 <= n <= len(nodes):
             raise ValueError(f"length must lie between 0 and the number of path slots, got {n}")
-        if any(
-            b <= a or b < i for i, (a, b) in enumerate(zip(nodes[: n - 1], nodes[1:n], strict=True), start=1)
-        ):
+        pairs = enumerate(itertools.pairwise(nodes[:n]), start=1)
+        if any(node <= previous or node < i for i, (previous, node) in pairs):
             raise ValueError(f"path must increase strictly from node 0 along each row, got {nodes[:n]}")
         if n > 1 and kv and (first < 0 or first + nodes[n - 1] >= slots):
             raise ValueError(f"start plus the last path node must lie inside every kv tensor, got {first}")
@@ -106,15 +106,16 @@ def compact_kv(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor
     Nothing else changes. The slots that become stale keep what they hold.
 
     Args:
-        kv: the keys and values of all layers, each ``[B, G, Smax, D]`` in any dtype of 1, 2, 4 or 8 bytes. Only D must
-            be contiguous; G, Smax, D and strides may differ between tensors. Changed in place.
+        kv: the keys and values of all layers, each ``[B, G, Smax, D]`` in any dtype of 1, 2, 4 or 8 bytes.
+            Only D must be contiguous; G, Smax, D and strides may differ between tensors. Changed in place.
         path: ``[B, K]`` int32 visited nodes as :func:`verify_tree` returns them: strictly increasing from 0.
         length: ``[B]`` int32 visited nodes per row, 0 for a row to leave alone.
         start: ``[B]`` int64 (or int32) slot of tree node 0 in that row.
 
     Raises:
-        ValueError: naming the argument, for a wrong shape, dtype or device; and, on the CPU, for a path that does not
-            increase or leaves the cache (nothing is moved then). On a GPU such moves are left out instead.
+        ValueError: naming the argument, for a wrong shape, dtype or device; and, on the CPU, for a path that
+            does not increase or leaves the cache (nothing is moved then). On a GPU such moves are left out
+            instead.
 
     Source: the cache update of tree decoding, Miao et al., "SpecInfer", ASPLOS 2024, section 4.
     """

@@ -25,7 +25,7 @@ def implementations() -> dict[str, dict[str, str]]:
 
 
 def self_test() -> dict[str, str]:
-    """``{op: "ok" or what went wrong}``: every op against its reference, on the CPU and on CUDA where there is one."""
+    """``{op: "ok" or what went wrong}``: every op against its reference, on each device there is."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {op: "; ".join(_failures(run, devices)) or "ok" for op, run in _SELF_TESTS.items()}
 

@@ -1,14 +1,14 @@
-"""The native modules, where they were built: ``cpu`` and ``cuda`` are modules or None, ``missing`` says why."""
+"""Native modules where they were built: ``cpu`` and ``cuda`` are None or modules; ``missing`` tells why."""
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 missing: dict[str, str] = {}
 
 
-def _load(device: str) -> ModuleType | None:
+def _load(device: str) -> Any:
     try:
         return importlib.import_module(f"specfuse._C_{device}")
     except ImportError as error:  # not built, or built for another interpreter or C++ runtime

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 MAX_NODES = 1024
 _LOGITS_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # codes of csrc/verify_tree.h
 
+_PER_ROW = {  # [B] tensors of the schema, in its order
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+    "positions": torch.int64,
+}
+
 torch.library.define(
     "specfuse::verify_tree",
     "(Tensor logits, Tensor tokens, Tensor parents, Tensor num_nodes, Tensor temperature, Tensor top_k, "
@@ -40,16 +49,15 @@ def _check(logits: Tensor, tokens: Tensor, parents: Tensor, num_nodes: Tensor, *
     B, N, V = logits.shape
     if not 1 <= N <= MAX_NODES or V < 1:
         raise ValueError(f"logits must have 1 to {MAX_NODES} nodes and a vocabulary, got {_describe(logits)}")
+    expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]]
     expected = [("tokens", tokens, (B, N), torch.int64), ("parents", parents, (B, N), torch.int32)]
     expected.append(("num_nodes", num_nodes, (B,), torch.int32))
-    dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
-    expected += [(name, t, (B,), dtype) for name, t, dtype in zip(_PER_ROW, per_row, dtypes, strict=True)]
+    expected += [(name, t, (B,), _PER_ROW[name]) for name, t in zip(_PER_ROW, per_row, strict=True)]
     for name, t, shape, dtype in expected:
         if t.shape != shape or t.dtype != dtype or t.device != logits.device:
             raise ValueError(f"{name} must be {list(shape)} {dtype} on {logits.device}, got {_describe(t)}")
 
 
-_PER_ROW = ("temperature", "top_k", "top_p", "min_p", "seed", "positions")
 _RULES = {
     "temperature": (lambda v: 0.0 <= v < math.inf, "must be finite and not negative"),
     "top_k": (lambda v: v >= 0, "must not be negative"),
@@ -96,7 +104,7 @@ def _reference(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def _native_call(logits: Tensor, args: tuple[Tensor, ...]) -> tuple:
-    """Arguments of the native functions (see csrc/bindings_cpu.cpp), the outputs, and what must stay alive."""
+    """Arguments of the native functions (csrc/bindings_cpu.cpp), the outputs, and what must stay alive."""
     _check(logits, *args)
     inputs = [t.contiguous() for t in args]
     outputs = _empty_outputs(logits)
@@ -156,10 +164,11 @@ def verify_tree(
 ) -> AcceptedPath:
     """Walk each row's draft tree: emit one token per visited node and descend into the child that holds it.
 
-    The token emitted at a node is ``argmax(filter(logits / temperature) + gumbel(seed, position, token))``, a draw
-    from the target's own filtered distribution, or ``argmax(logits)`` where the temperature is 0 (ties go to the
-    lowest id). What is emitted never depends on the drafts, so the result is exact for any drafter, any number of
-    siblings, and equals sampling token by token with the same seed. Equivalent, for one row, to::
+    The token emitted at a node is ``argmax(filter(logits / temperature) + gumbel(seed, position, token))``, a
+    draw from the target's own filtered distribution, or ``argmax(logits)`` where the temperature is 0 (ties
+    go to the lowest id). What is emitted never depends on the drafts, so the result is exact for any drafter,
+    any number of siblings, and equals sampling token by token with the same seed. Equivalent, for one row,
+    to::
 
         node = 0
         while node is not None:
@@ -167,29 +176,30 @@ def verify_tree(
             node = next((c for c in children(node) if tree.tokens[c] == token), None)
 
     Args:
-        logits: ``[B, N, V]`` float32, float16 or bfloat16, any strides; ``logits[b, i]`` is the target's prediction
-            after node i. float64 is rounded to float32, as transformers' generate does. -inf marks an impossible
-            token. A row with NaN, with only -inf, or (sampling) with +inf has no distribution: the walk ends there
-            with ``next_token`` -1 and log-probability NaN.
+        logits: ``[B, N, V]`` float32, float16 or bfloat16, any strides; ``logits[b, i]`` is the target's
+            prediction after node i. float64 is rounded to float32, as transformers' generate does. -inf marks
+            an impossible token. A row with NaN, with only -inf, or (sampling) with +inf has no distribution:
+            the walk ends there with ``next_token`` -1 and log-probability NaN.
         tree: the drafted tokens, N nodes wide (at most 1024). Padding after ``num_nodes`` is never read.
         temperature: 0 for greedy decoding, which ignores the filters. Number or ``[B]``, as all that follow.
         top_k: keep the k largest logits and their ties; 0 keeps all.
-        top_p: then keep a token if the mass strictly before it, in (probability descending, id ascending) order, is
-            below ``top_p``; 1 keeps all.
+        top_p: then keep a token if the mass strictly before it, in (probability descending, id ascending)
+            order, is below ``top_p``; 1 keeps all.
         min_p: then keep tokens of at least ``min_p`` times the largest probability; 0 keeps all.
         seed: an integer s gives row b the seed ``s + b`` (mod 2**64); a tensor is used as it is.
-        positions: absolute position of each root in its own sequence, padding not counted; None means 0. The token
-            emitted at depth d has position ``positions + d + 1``.
+        positions: absolute position of each root in its own sequence, padding not counted; None means 0. The
+            token emitted at depth d has position ``positions + d + 1``.
 
     Returns:
-        An :class:`AcceptedPath`. Log-probabilities are those of the filtered distribution at this temperature, for
-        greedy rows those of the unfiltered one at temperature 1.
+        An :class:`AcceptedPath`. Log-probabilities are those of the filtered distribution at this
+        temperature, for greedy rows those of the unfiltered one at temperature 1.
 
     Raises:
-        ValueError: naming the argument and its value, for a wrong shape, dtype, device or range. Values in tensors
-            on a GPU are not checked, since that would wait for the device.
+        ValueError: naming the argument and its value, for a wrong shape, dtype, device or range. Values in
+            tensors on a GPU are not checked, since that would wait for the device.
 
-    Source: Gumbel-max sampling, e.g. Maddison, Tarlow, Minka, "A* sampling", NeurIPS 2014; noise from Philox-4x32-10.
+    Source: Gumbel-max sampling, e.g. Maddison, Tarlow, Minka, "A* sampling", NeurIPS 2014; noise from
+        Philox-4x32-10.
     """
     if logits.dtype == torch.float64:
         logits = logits.float()
