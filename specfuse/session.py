@@ -1,0 +1,269 @@
+"""Several questions about one video: it is encoded once, and nothing that was said is computed twice.
+
+session = VideoSession(model, processor, "drive.mp4")
+print(session.ask("What is happening?", max_new_tokens=64))
+branch = session.fork()                       # shares the conversation so far
+print(session.ask("Is it raining?"), branch.ask("How many cars are there?"))
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from specfuse.data.video import read_video
+from specfuse.drafters import Drafter
+from specfuse.generate import generate
+from specfuse.models import adapter_for
+from specfuse.prefix_kv import LayerKV
+from specfuse.stats import GenerationStats
+
+FIRST_TURN = "USER: <video>\n{question} ASSISTANT:"
+NEXT_TURN = " USER: {question} ASSISTANT:"
+"""The prompt format Video-LLaVA was trained on (Vicuna's), without its optional system sentence."""
+
+_RESERVED = {
+    "inputs",
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "return_dict_in_generate",
+}
+
+
+class Answer(str):
+    """The text of an answer; it is a `str`.
+
+    Attributes:
+        tokens: ids the model emitted for it, end-of-sequence included.
+        stats: `GenerationStats` of the call.
+    """
+
+    tokens: list[int]
+    stats: GenerationStats
+
+    def __new__(cls, text: str, tokens: Sequence[int], stats: GenerationStats) -> Answer:
+        """A string that knows its tokens."""
+        answer = super().__new__(cls, text)
+        answer.tokens = list(tokens)
+        answer.stats = stats
+        return answer
+
+    def __getnewargs__(self) -> tuple[str, list[int], GenerationStats]:  # type: ignore[override]
+        return str(self), self.tokens, self.stats
+
+
+class VideoSession:
+    """A conversation about one video.
+
+    Every answer is the one that `model.generate` gives on the whole conversation so far, uncached. One
+    session is for one thread; forks may be used by others.
+
+    Args:
+        model: a `VideoLlavaForConditionalGeneration`, patched or not.
+        processor: its `VideoLlavaProcessor`.
+        video: path of a video file, uint8 RGB frames [T, H, W, 3], or a list of T arrays or PIL images.
+        drafter: as for `specfuse.generate`.
+        max_nodes: as for `specfuse.generate`.
+        num_frames: T when `video` is a path; frames are spread evenly.
+        first_turn: template of the first prompt; holds `<video>` and `{question}`.
+        next_turn: template of what follows an answer; holds `{question}`.
+
+    Raises:
+        ValueError: an unsupported model class, frames of another shape or dtype, a template without its
+            parts.
+        FileNotFoundError: `video` names no file.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        video: str | os.PathLike[str] | np.ndarray | Tensor | Sequence[Any],
+        drafter: Drafter | str | None = "auto",
+        max_nodes: int = 32,
+        *,
+        num_frames: int = 8,
+        first_turn: str = FIRST_TURN,
+        next_turn: str = NEXT_TURN,
+    ):
+        _check_templates(first_turn, next_turn)
+        self.model = model
+        self.processor = processor
+        self.drafter = drafter
+        self.max_nodes = max_nodes
+        self.first_turn, self.next_turn = first_turn, next_turn
+        self.history: tuple[tuple[str, Answer], ...] = ()
+        self._video = _EncodedVideo(model, load_frames(video, num_frames))
+        self._ids: Tensor | None = None  # [1, S] everything said so far
+        self._kv: LayerKV = {}  # of all of it but the last token
+
+    def ask(self, question: str, **generate_kwargs: Any) -> Answer:
+        """Continues the conversation with a question.
+
+        Args:
+            question: plain text.
+            **generate_kwargs: as for `specfuse.generate` (`max_new_tokens`, `do_sample`, `streamer`, ...).
+
+        Returns:
+            The answer. A call that raises leaves the conversation as it was.
+
+        Raises:
+            ValueError: an empty question, one that holds a placeholder of the model, or an argument that the
+                session sets itself; everything `specfuse.generate` raises.
+        """
+        self._check_request(question, generate_kwargs)
+        if self._ids is None:
+            ids, pixels = self._first_prompt(question)
+            kv = self._video.prefix_kv(ids, pixels)
+        else:
+            ids, kv = self._next_prompt(self._ids, question), self._kv
+        output: Any = generate(
+            self.model,
+            self.drafter,
+            max_nodes=self.max_nodes,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=_as_cache(kv),
+            return_dict_in_generate=True,
+            **generate_kwargs,
+        )
+        tokens = output.sequences[0, ids.shape[1] :].tolist()
+        text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        answer = Answer(text, tokens, output.stats)
+        self._ids = output.sequences
+        self._kv = _first_slots(output.past_key_values, output.sequences.shape[1] - 1)
+        self.history += ((question, answer),)
+        return answer
+
+    def fork(self) -> VideoSession:
+        """Another session with the same video and conversation so far; later questions are independent.
+
+        Nothing is copied: both read the same KV, and each adds its own.
+        """
+        return copy.copy(self)
+
+    @property
+    def input_ids(self) -> Tensor | None:
+        """All tokens so far, int64 [1, S], placeholders included; None before the first question."""
+        return self._ids
+
+    def _check_request(self, question: str, kwargs: dict[str, Any]) -> None:
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"question must be a non-empty string, got {question!r}")
+        if names := sorted(_RESERVED & kwargs.keys()):
+            raise ValueError(f"{names[0]} is set by the session and can not be passed to ask")
+        if kwargs.get("num_return_sequences", 1) != 1:
+            count = kwargs["num_return_sequences"]
+            raise ValueError(f"num_return_sequences must be 1 in a session, got {count}; fork it instead")
+        asked = self.processor.tokenizer(question, add_special_tokens=False)["input_ids"]
+        if set(asked) & set(self._video.visual_ids):
+            raise ValueError(f"question must not hold image or video placeholders, got {question!r}")
+
+    def _first_prompt(self, question: str) -> tuple[Tensor, dict[str, Tensor]]:
+        text = self.first_turn.replace("{question}", question)
+        inputs = self.processor(text=text, videos=[self._video.frames], return_tensors="pt").to(
+            self.model.device
+        )
+        pixels = {name: inputs[name] for name in self._video.adapter.pixel_names if name in inputs}
+        return inputs["input_ids"], pixels
+
+    def _next_prompt(self, ids: Tensor, question: str) -> Tensor:
+        text = self.next_turn.replace("{question}", question)
+        new = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.cat([ids, ids.new_tensor(new)[None]], dim=1)
+
+
+class _EncodedVideo:
+    """The frames, and the KV of the prompt up to their last token; shared by all forks of a session."""
+
+    def __init__(self, model: PreTrainedModel, frames: np.ndarray):
+        self.model = model
+        self.frames = frames
+        self.adapter = adapter_for(model)
+        self.visual_ids = list(self.adapter.visual_ids(model).values())
+        self._lock = threading.Lock()
+        self._prefix: Tensor | None = None
+        self._kv: LayerKV = {}
+
+    def prefix_kv(self, ids: Tensor, pixels: dict[str, Tensor]) -> LayerKV:
+        """KV of `ids` [1, S] up to the last visual token, computed at the first call."""
+        visual = torch.isin(ids[0], torch.tensor(self.visual_ids, device=ids.device)).nonzero()
+        end = int(visual.max()) + 1
+        with self._lock:
+            if self._prefix is None or not torch.equal(self._prefix, ids[:, :end]):
+                # One token more than the prefix: a patched model then finds the clip in its own cache.
+                prompt = ids[:, : end + 1]
+                with torch.no_grad():
+                    output = self.model(
+                        input_ids=prompt,
+                        attention_mask=torch.ones_like(prompt),
+                        past_key_values=DynamicCache(),
+                        use_cache=True,
+                        logits_to_keep=1,
+                        return_dict=True,
+                        **pixels,
+                    )
+                self._prefix, self._kv = ids[:, :end], _first_slots(output.past_key_values, end)
+            return self._kv
+
+
+def load_frames(video: Any, num_frames: int = 8) -> np.ndarray:
+    """Frames of a video as uint8 RGB [T, H, W, 3].
+
+    Args:
+        video: as for `VideoSession`.
+        num_frames: T when `video` is a path.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    if isinstance(video, str | os.PathLike):
+        return read_video(video, num_frames)
+    if isinstance(video, list | tuple):
+        if not video:
+            raise ValueError("video must hold at least one frame, got an empty list")
+        shapes = {np.asarray(frame).shape for frame in video}
+        if len(shapes) > 1:
+            raise ValueError(f"video: all frames must have one shape, got {sorted(shapes)}")
+        video = np.stack([np.asarray(frame) for frame in video])
+    frames = video.cpu().numpy() if isinstance(video, Tensor) else np.asarray(video)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape or frames.dtype != np.uint8:
+        raise ValueError(f"video must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    return frames
+
+
+def _check_templates(first_turn: str, next_turn: str) -> None:
+    for part in ("<video>", "{question}"):
+        if first_turn.count(part) != 1:
+            raise ValueError(f"first_turn must hold {part} once, got {first_turn!r}")
+    if not first_turn.split("<video>")[1].strip():
+        raise ValueError(f"first_turn must go on after <video>, got {first_turn!r}")
+    if next_turn.count("{question}") != 1:
+        raise ValueError(f"next_turn must hold {{question}} once, got {next_turn!r}")
+
+
+def _as_cache(kv: LayerKV) -> DynamicCache:
+    """A cache over these very tensors. A DynamicCache grows by concatenation and never writes into them."""
+    cache = DynamicCache()
+    for index, (keys, values) in sorted(kv.items()):
+        cache.update(keys[:, :, :0], values[:, :, :0], index)
+        layer: Any = cache.layers[index]
+        layer.keys, layer.values = keys, values
+    return cache
+
+
+def _first_slots(cache: Any, length: int) -> LayerKV:
+    return {
+        i: (layer.keys[:, :, :length], layer.values[:, :, :length]) for i, layer in enumerate(cache.layers)
+    }
