@@ -1,0 +1,51 @@
+// What is known about one context of an answer: the experts that speak, from the least to the most specific.
+#pragma once
+
+#include "corpus_contexts.h"
+
+namespace specfuse {
+
+// One context found in the index, or the longest match.
+struct CorpusIndex::Expert {
+  int kind;
+  uint32_t last;  // history position of its latest occurrence
+  // Filled by evaluate().
+  Evidence evidence;
+  float gate, total;
+  int count;
+  uint32_t tokens[kMaxSuccessors];
+  float weights[kMaxSuccessors];
+
+  void push(uint32_t token, float weight) {
+    tokens[count] = token;
+    weights[count++] = weight;
+  }
+};
+
+struct CorpusIndex::Gathered {
+  uint32_t hashes[kContexts];
+  uint32_t present = 0;  // bit k: context k exists at this point of the answer
+  uint32_t found = 0;    // bit k: expert k has something to say
+  ContextTable::Place places[kContexts];
+  int count = 0;
+  int longest_order = 0;  // of the plain contexts found
+  uint32_t longest_last = 0;
+  int match_length = 0;
+  Expert experts[kExperts];
+
+  void clear() {
+    found = 0;
+    count = longest_order = match_length = 0;
+  }
+  bool has(int kind) const { return found >> kind & 1; }
+  void add(int kind, uint32_t last) {
+    experts[count].kind = kind;
+    experts[count++].last = last;
+    found |= 1u << kind;
+    if (kind == kMatchExpert || kContextKinds[kind].type != ContextType::kOrder) return;
+    longest_order = kContextKinds[kind].order;
+    longest_last = last;
+  }
+};
+
+}  // namespace specfuse

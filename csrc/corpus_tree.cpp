@@ -1,0 +1,157 @@
+// CorpusIndex::propose: the best-first tree.
+#include <algorithm>
+#include <functional>
+#include <mutex>
+
+#include "corpus_gather.h"
+
+namespace specfuse {
+namespace {
+
+// Blended predictions below this share of their node are not followed.
+constexpr float kNegligible = 1e-4f;
+
+}  // namespace
+
+// Grows one tree. A node is worth its path probability; the candidates are a heap, and only those that can
+// still be among the max_nodes best are kept.
+class CorpusIndex::TreeBuilder {
+ public:
+  TreeBuilder(const CorpusIndex& index, const AnswerWindow& window, int max_nodes, int max_depth,
+              DraftedTree* tree)
+      : index_(index),
+        window_(window),
+        max_nodes_(static_cast<size_t>(max_nodes)),
+        max_depth_(max_depth),
+        tree_(*tree) {
+    const int tail = std::min(window.count, kCopyReach);
+    path_.assign(window.tokens + window.count - tail, window.tokens + window.count);
+    window_.skipped += window.count - tail;
+    base_ = path_.size();
+    path_.resize(base_ + static_cast<size_t>(std::min(max_depth, max_nodes)));
+    slots_.assign(kSlots, 0);
+  }
+
+  void build() {
+    expand(-1, 0, 1.0f);
+    while (!candidates_.empty()) {
+      std::pop_heap(candidates_.begin(), candidates_.end());
+      const Candidate best = candidates_.back();
+      candidates_.pop_back();
+      const int node = static_cast<int>(tree_.tokens.size());
+      tree_.tokens.push_back(best.token);
+      tree_.parents.push_back(best.parent);
+      tree_.probs.push_back(best.prob);
+      if (tree_.tokens.size() == max_nodes_) return;
+      depths_.push_back(best.parent < 0 ? 1 : depths_[static_cast<size_t>(best.parent)] + 1);
+      expand(node, depths_.back(), best.prob);
+    }
+  }
+
+ private:
+  struct Candidate {
+    float prob;
+    int32_t parent, token;
+    // Ties go to the older node, then to the smaller token: the order does not depend on the heap.
+    bool operator<(const Candidate& other) const {
+      if (prob != other.prob) return prob < other.prob;
+      if (parent != other.parent) return parent > other.parent;
+      return token > other.token;
+    }
+  };
+  struct Share {
+    uint32_t token;
+    float prob;
+  };
+  static constexpr size_t kSlots = 1024;  // more than kExperts * kMaxSuccessors, a power of two
+  static_assert(kSlots > size_t{kExperts} * kMaxSuccessors, "the blend must never fill up");
+
+  void expand(int node, int depth, float prob) {
+    if (depth >= max_depth_) return;
+    int at = depth;
+    for (int i = node; i >= 0; i = tree_.parents[static_cast<size_t>(i)])
+      path_[base_ + static_cast<size_t>(--at)] = tree_.tokens[static_cast<size_t>(i)];
+    window_.tokens = path_.data();
+    window_.count = static_cast<int>(base_) + depth;
+    blend(prob);
+    for (const Share& share : shares_) {
+      // Never above the parent's, whatever the rounding of the sum.
+      const float path_prob = prob * std::min(share.prob, 1.0f);
+      if (path_prob <= threshold()) continue;
+      candidates_.push_back({path_prob, node, static_cast<int32_t>(share.token)});
+      std::push_heap(candidates_.begin(), candidates_.end());
+      remember(path_prob);
+    }
+  }
+
+  // The next token's probabilities: gates from the most specific expert down, until nothing is left to give.
+  void blend(float prob) {
+    index_.gather(window_, &found_);
+    shares_.clear();
+    ++epoch_;
+    float rest = 1.0f;
+    const float least = std::max(kNegligible, threshold() / prob);
+    for (int i = found_.count - 1; i >= 0 && rest > kNegligible; --i) {
+      // A token that no expert has named yet can get at most `rest`.
+      const bool newcomers = rest > least;
+      if (!newcomers && rest < 0.01f) break;
+      Expert& expert = found_.experts[i];
+      index_.evaluate(&expert, found_, window_.scope);
+      const float scale = rest * expert.gate / expert.total;
+      for (int j = 0; j < expert.count; ++j) add(expert.tokens[j], scale * expert.weights[j]);
+      rest *= 1.0f - expert.gate;
+    }
+  }
+
+  void add(uint32_t token, float prob) {
+    for (size_t i = token * 2654435761u >> 22;; i = (i + 1) % kSlots) {
+      if (slots_[i] >> 16 != epoch_) {
+        slots_[i] = epoch_ << 16 | static_cast<uint32_t>(shares_.size());
+        shares_.push_back({token, prob});
+        return;
+      }
+      Share& share = shares_[slots_[i] & 0xFFFF];
+      if (share.token == token) {
+        share.prob += prob;
+        return;
+      }
+    }
+  }
+
+  // The max_nodes-th best path probability so far: what is not above it cannot enter the tree.
+  float threshold() const { return best_.size() < max_nodes_ ? 0.0f : best_.front(); }
+  void remember(float prob) {
+    if (best_.size() == max_nodes_) {
+      std::pop_heap(best_.begin(), best_.end(), std::greater<float>());
+      best_.pop_back();
+    }
+    best_.push_back(prob);
+    std::push_heap(best_.begin(), best_.end(), std::greater<float>());
+  }
+
+  const CorpusIndex& index_;
+  AnswerWindow window_;
+  const size_t max_nodes_;
+  const int max_depth_;
+  DraftedTree& tree_;
+  size_t base_;
+  std::vector<int32_t> path_;  // the end of the answer, then the path to the node that is expanded
+  std::vector<int> depths_;
+  std::vector<Candidate> candidates_;
+  std::vector<float> best_;
+  std::vector<Share> shares_;
+  std::vector<uint32_t> slots_;  // epoch << 16 | index into shares_
+  uint32_t epoch_ = 0;
+  Gathered found_{};
+};
+
+void CorpusIndex::propose(const AnswerWindow& window, int max_nodes, int max_depth, DraftedTree* tree) const {
+  tree->tokens.clear();
+  tree->parents.clear();
+  tree->probs.clear();
+  if (max_nodes < 1 || max_depth < 1) return;
+  std::shared_lock<std::shared_mutex> lock(mutex_);
+  TreeBuilder(*this, window, max_nodes, max_depth, tree).build();
+}
+
+}  // namespace specfuse

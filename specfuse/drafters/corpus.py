@@ -1,0 +1,218 @@
+"""CorpusDrafter: remembers finished answers and drafts what they make likely."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specfuse.drafters.base import Drafter, DraftState
+from specfuse.ops import native
+from specfuse.tree import TokenTree
+
+_FORMAT = "specfuse corpus 1"
+_ARRAYS = ("tokens", "lengths", "scopes", "evidence", "gates")
+_DTYPES = (np.int32, np.int64, np.uint64, np.uint64, np.float32)
+# The index looks no further back than this into the answer so far.
+_REACH = 256
+_MAX_ID = 2**31 - 1
+
+
+class CorpusDrafter(Drafter):
+    """Drafts from the answers that this object has seen before, whatever model gave them.
+
+    Every context of the answer so far that occurred in an earlier answer predicts the next token: its last 1 to 24
+    tokens, the last tokens at this place of the answer, a context with a gap, the longest match. A context's
+    successors count the more the more recent they are, and the contexts are blended with gates learned from every
+    observed answer::
+
+        p_k(token) = gate_k * q_k(token) + (1 - gate_k) * p_{k-1}(token)
+
+    The tree is grown best first by path probability, to the depth that ``state.remaining`` allows, and exists from
+    the first pass of an answer on. Answers to the same question count more than others. One object may serve any
+    number of calls and threads at once.
+
+    Args:
+        max_tokens: how many tokens of answers are kept, the oldest answers leaving first. At most about 100 bytes
+            of memory each.
+
+    Raises:
+        ValueError: ``max_tokens`` below 1 or above 2**31 - 1.
+        RuntimeError: the native module ``specfuse._C_cpu`` was not built.
+
+    Source: Witten and Bell, "The zero-frequency problem", IEEE Transactions on Information Theory, 1991 (blending
+        of context lengths); Mahoney, "Adaptive weighing of context models for lossless data compression", 2005
+        (weights learned online).
+    """
+
+    def __init__(self, max_tokens: int = 1_000_000):
+        if not 1 <= max_tokens <= _MAX_ID:
+            raise ValueError(f"max_tokens must be from 1 to {_MAX_ID}, got {max_tokens}")
+        if native.cpu is None:
+            raise RuntimeError(
+                f"CorpusDrafter needs the native module specfuse._C_cpu ({native.missing.get('cpu', 'not built')}); "
+                "install a C++17 compiler and run `pip install -e .` again"
+            )
+        self._index: Any = native.cpu.CorpusIndex(max_tokens)
+
+    # ---------------------------------------------------------------- drafting
+
+    def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
+        known = state.memory.get(id(self))
+        if known is None:
+            hints = state.evidence or [None] * state.batch_size
+            known = state.memory[id(self)] = [
+                (_scope(state.question(b)), _evidence(hints[b])) for b in range(state.batch_size)
+            ]
+        rows = []
+        for b, (scope, evidence) in enumerate(known):
+            root = state.root(b)
+            depth = state.remaining[b] - 1 if state.active[b] else 0
+            answer = state.answers[b]
+            drafted = self._index.propose(
+                np.array(answer[-_REACH:], dtype=np.int32),
+                skipped=max(len(answer) - _REACH, 0),
+                scope=scope,
+                evidence=evidence,
+                max_nodes=max_nodes,
+                max_depth=max(depth, 0),
+            )
+            rows.append(_as_row(root, *drafted, vocab_size=state.vocab_size))
+        tokens, parents, probs = map(list, zip(*rows, strict=True)) if rows else ([], [], [])
+        return TokenTree.from_parents(tokens, parents, probs)
+
+    # ---------------------------------------------------------------- learning
+
+    def observe(
+        self,
+        tokens: Sequence[int],
+        question: Sequence[int] = (),
+        evidence: Sequence[int] | None = None,
+    ) -> None:
+        """Learns one finished answer.
+
+        Args:
+            tokens: its token ids, end-of-sequence token included if it was emitted.
+            question: token ids of what was asked; answers to the same question help each other most.
+            evidence: another model's answer on the same input, if the same will be given when drafting.
+
+        Raises:
+            ValueError: a token id that is negative, above 2**31 - 1 or not an integer.
+        """
+        self._index.observe(_ids("tokens", tokens), scope=_scope(question), evidence=_evidence(evidence))
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._index.clear()
+
+    # ---------------------------------------------------------------- content
+
+    def __len__(self) -> int:
+        """Number of answers remembered."""
+        return int(self._index.num_answers)
+
+    def __bool__(self) -> bool:
+        return True  # an empty drafter is still a drafter
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens remembered, at most ``max_tokens``."""
+        return int(self._index.num_tokens)
+
+    @property
+    def max_tokens(self) -> int:
+        return int(self._index.max_tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory the index holds, in bytes."""
+        return int(self._index.nbytes)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the remembered answers and what was learned about blending to a safetensors file.
+
+        Questions are stored as hashes. The answers themselves are readable token ids.
+        """
+        from safetensors.numpy import save_file
+
+        arrays = dict(zip(_ARRAYS, self._index.export_content(), strict=True))
+        save_file(arrays, Path(path), metadata={"format": _FORMAT})
+
+    def load(self, path: str | PathLike[str]) -> CorpusDrafter:
+        """Replaces the content by that of a file written by :meth:`save`; returns this object.
+
+        The answers are learned again in their order, so proposals are those of the drafter that was saved, unless
+        that one had already evicted answers. If the file holds more than ``max_tokens``, its newest answers stay.
+
+        Raises:
+            ValueError: the file is not a saved CorpusDrafter or its arrays do not fit together.
+            FileNotFoundError: there is no such file.
+        """
+        self._index.import_content(*_read(Path(path)))
+        return self
+
+
+def _read(path: Path) -> list[np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(2, "No such file", str(path))
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if (file.metadata() or {}).get("format") != _FORMAT:
+                raise ValueError(f"path {str(path)!r} was not written by CorpusDrafter.save")
+            arrays = [file.get_tensor(name) for name in _ARRAYS]
+    except SafetensorError as error:
+        raise ValueError(f"path {str(path)!r} is not a saved CorpusDrafter: {error}") from None
+    for name, dtype, array in zip(_ARRAYS, _DTYPES, arrays, strict=True):
+        if array.dtype != dtype or array.ndim != 1:
+            raise ValueError(f"path {str(path)!r}: {name} must be one-dimensional {np.dtype(dtype)}")
+    return arrays
+
+
+def _as_row(
+    root: int, tokens: np.ndarray, parents: np.ndarray, probs: np.ndarray, vocab_size: int | None
+) -> tuple[list[int], list[int], list[float]]:
+    """A drafted tree behind its root; ids that the target does not have are dropped with all below them."""
+    row = ([root, *tokens.tolist()], [-1, *(parents + 1).tolist()], [1.0, *probs.tolist()])
+    if vocab_size is None or not (tokens >= vocab_size).any():
+        return row
+    kept = {0: 0}
+    for node in range(1, len(row[0])):
+        if row[0][node] < vocab_size and row[1][node] in kept:
+            kept[node] = len(kept)
+    return (
+        [row[0][node] for node in kept],
+        [-1 if node == 0 else kept[row[1][node]] for node in kept],
+        [row[2][node] for node in kept],
+    )
+
+
+def _ids(name: str, tokens: Sequence[int]) -> np.ndarray:
+    """Token ids as int32, checked."""
+    ids = np.asarray(tokens)
+    if ids.size == 0:
+        return np.zeros(0, dtype=np.int32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be a flat sequence of integers, got shape {ids.shape}, {ids.dtype}")
+    if ids.min() < 0 or ids.max() > _MAX_ID:
+        bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
+        raise ValueError(f"{name} must hold ids from 0 to {_MAX_ID}, got {bad}")
+    return ids.astype(np.int32)
+
+
+def _digest(kind: bytes, ids: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8, person=kind).digest(), "little")
+
+
+def _scope(question: Sequence[int]) -> int:
+    return _digest(b"question", _ids("question", question))
+
+
+def _evidence(tokens: Sequence[int] | None) -> int:
+    # 0 means that there is none.
+    return 0 if tokens is None else _digest(b"evidence", _ids("evidence", tokens)) or 1
