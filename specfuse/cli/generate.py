@@ -1,0 +1,212 @@
+"""``specfuse generate``: answers a question about a video file."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from specfuse.cli import UserError, print_json, working
+
+if TYPE_CHECKING:
+    from specfuse.drafters import Drafter
+
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+
+
+def generate(
+    model: Path = typer.Option(..., help="Directory of a Hugging Face Video-LLaVA."),
+    video: Path = typer.Option(..., help="Video file: anything PyAV reads, GIF included."),
+    question: str = typer.Option(..., help="What to ask about the video."),
+    drafter: str = typer.Option(
+        "auto", help="auto (corpus and lookup), corpus, lookup, none, or the directory of a draft model."
+    ),
+    nodes: int = typer.Option(32, help="Drafted tokens that one pass may verify.", min=1, max=1023),
+    corpus: Path | None = typer.Option(
+        None, help="File of remembered answers: read if it exists, written at the end."
+    ),
+    max_new_tokens: int = typer.Option(128, help="Longest answer, in tokens.", min=1),
+    frames: int = typer.Option(8, help="Frames taken, spread evenly over the video.", min=1),
+    temperature: float = typer.Option(0.0, help="0 is greedy; above, the answer is sampled.", min=0.0),
+    seed: int = typer.Option(0, help="Seed of the sampling."),
+    dtype: str = typer.Option(
+        "auto", help=f"Weights: {', '.join(DTYPES)} (auto: as saved; float32 on a CPU)."
+    ),
+    device: str = typer.Option("auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."),
+    compare: bool = typer.Option(
+        False, "--compare", help="Also run model.generate; compare tokens and time."
+    ),
+    repeats: int = typer.Option(5, help="Timed repeats of --compare.", min=1),
+    json: bool = typer.Option(False, "--json", help="Print JSON, alone on stdout."),
+) -> int:
+    """Answer a question about a video with exactly the tokens of model.generate, in fewer passes."""
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if "<video>" in question or "<image>" in question:
+        raise UserError("--question must not hold <video> or <image>: the video's place is set by the prompt")
+    if corpus is not None and drafter not in ("auto", "corpus"):
+        raise UserError(f"--corpus belongs to --drafter corpus or auto, not to {drafter!r}")
+    from specfuse.data.video import read_video
+
+    clip = read_video(video, frames)
+    with working(f"loading {model}", shown=not json):
+        target, processor, inputs = _load(model, dtype, device, clip, question)
+        make_drafter = _drafter_factory(drafter, corpus, target)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        options["temperature"] = temperature
+    used = make_drafter()
+    report = _answer(target, processor, inputs, used, nodes, seed, options, stream=not json)
+    report.update(drafter=drafter, nodes=nodes, device=str(target.device), dtype=str(target.dtype)[6:])
+    report["random_weights"] = getattr(target.config, "random_weights_seed", None) is not None
+    if compare:
+        from specfuse.cli.compare import compare_with_plain
+
+        report["compare"] = compare_with_plain(
+            functools.partial(_speculate, target, inputs, nodes=nodes, seed=seed, options=options),
+            functools.partial(_plain, target, inputs, seed=seed, options=options),
+            make_drafter,
+            sampled=temperature > 0,
+            repeats=repeats,
+            progress=not json,
+        )
+    if corpus is not None:
+        _memory(used).save(corpus)
+    if json:
+        print_json(report)
+    else:
+        _print_summary(report)
+    return 0 if not compare or report["compare"]["tokens_equal"] else 1
+
+
+def _load(directory: Path, dtype: str, device: str, clip: Any, question: str) -> tuple[Any, Any, Any]:
+    """Returns the model, its processor and the inputs for the question."""
+    import torch
+    from transformers.utils import logging
+
+    from specfuse.models.checkpoint import load_video_llava
+    from specfuse.session import FIRST_TURN
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    where = _device(device)
+    # Half precision on a CPU is emulated: slower than float32, and the answer is less exact.
+    wanted = "float32" if dtype == "auto" and where.type == "cpu" else dtype
+    weights = wanted if wanted == "auto" else getattr(torch, wanted)
+    model, processor = load_video_llava(directory, dtype=weights, device=where)
+    inputs = processor(text=FIRST_TURN.format(question=question), videos=clip, return_tensors="pt")
+    return model, processor, inputs.to(where, model.dtype)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name!r} can not be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _drafter_factory(name: str, corpus: Path | None, target: Any) -> Callable[[], Drafter | None]:
+    """Returns what makes a drafter as it is before the first question: what a model holds is loaded once."""
+    from specfuse.drafters import CombinedDrafter, CorpusDrafter, ModelDrafter, PromptLookupDrafter
+    from specfuse.ops import native
+
+    def remembering() -> CorpusDrafter:
+        try:
+            drafter = CorpusDrafter()
+        except RuntimeError as error:
+            raise UserError(str(error)) from None
+        return drafter.load(corpus) if corpus is not None and corpus.exists() else drafter
+
+    if name == "none":
+        return lambda: None
+    if name == "lookup":
+        return PromptLookupDrafter
+    if name == "corpus":
+        return remembering
+    if name == "auto" and corpus is None and native.cpu is None:
+        print(
+            "specfuse: note: no native code, drafting by prompt lookup alone (specfuse doctor)",
+            file=sys.stderr,
+        )
+        return PromptLookupDrafter
+    if name == "auto":
+        return lambda: CombinedDrafter([remembering(), PromptLookupDrafter()])
+    if not Path(name).exists():
+        raise UserError(f"--drafter must be auto, corpus, lookup, none or a model directory, got {name!r}")
+    from specfuse.models.checkpoint import load_draft_model
+
+    draft_model = load_draft_model(name, dtype=target.dtype, device=target.device)
+    return lambda: ModelDrafter(draft_model)
+
+
+def _memory(drafter: Any) -> Any:
+    """The CorpusDrafter in a drafter made by --drafter corpus or auto."""
+    return drafter.drafters[0] if hasattr(drafter, "drafters") else drafter
+
+
+def _plain(target: Any, inputs: Any, *, seed: int, options: Any) -> Any:
+    import torch
+
+    torch.manual_seed(seed)
+    return target.generate(**inputs, **options, return_dict_in_generate=True)
+
+
+def _speculate(
+    target: Any, inputs: Any, drafter: Any, *, nodes: int, seed: int, options: Any, streamer: Any = None
+) -> Any:
+    from specfuse.generate import generate as speculative_generate
+
+    return speculative_generate(
+        target,
+        drafter,
+        max_nodes=nodes,
+        seed=seed,
+        streamer=streamer,
+        return_dict_in_generate=True,
+        **inputs,
+        **options,
+    )
+
+
+def _answer(
+    target: Any, processor: Any, inputs: Any, drafter: Any, nodes: int, seed: int, options: Any, stream: bool
+) -> dict[str, Any]:
+    """Answers once, streaming to stdout if asked; returns what the summary shows."""
+    from transformers import TextStreamer
+
+    tokenizer = processor.tokenizer
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    start = time.perf_counter()
+    output = _speculate(target, inputs, drafter, nodes=nodes, seed=seed, options=options, streamer=streamer)
+    seconds = time.perf_counter() - start
+    tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return {
+        "answer": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        "token_ids": tokens,
+        "seconds": seconds,
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        **output.stats.as_dict(),
+    }
+
+
+def _print_summary(report: dict[str, Any]) -> None:
+    speed = f"{report['passes']} passes ({report['tokens_per_pass']:.2f} per pass), {report['seconds']:.2f} s"
+    where = f"on {report['device']} in {report['dtype']}; drafter {report['drafter']}"
+    print(f"\n{report['tokens']} tokens in {speed} {where}")
+    if "compare" in report:
+        from specfuse.cli.compare import comparison_lines
+
+        print("\n".join(comparison_lines(report)))
+    if report["random_weights"]:
+        print("The weights are random (specfuse init-tiny): neither the text nor the speed means anything.")
