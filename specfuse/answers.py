@@ -71,25 +71,27 @@ class Answers:
         """Prompt (padding included) and answer of a row: what logits processors and criteria are shown."""
         return self.prompts[row] + self.answers[row]
 
-    def append(self, row: int, tokens: list[int], scores: Any = None) -> int:
-        """Adds the tokens of one pass up to where the row finishes; returns how many were added."""
-        goal = self.width if self.finished[row] else None
+    def append(self, row: int, tokens: list[int], width: int) -> int:
+        """Adds the tokens of one pass; returns how many were added.
+
+        A row takes them up to where it finishes, a finished one that runs on (see ``running``) up to ``width``.
+        """
         for count, token in enumerate(tokens, start=1):
             self.answers[row].append(token)
-            if goal is None:
-                if self._finishes(row, token, scores):
-                    self.finished[row] = True
+            if self.finished[row]:
+                if len(self.answers[row]) >= width:
                     return count
-            elif len(self.answers[row]) >= goal:
+            elif self._finishes(row, token):
+                self.finished[row] = True
                 return count
         return len(tokens)
 
-    def _finishes(self, row: int, token: int, scores: Any) -> bool:
+    def _finishes(self, row: int, token: int) -> bool:
         length = len(self.prompts[row]) + len(self.answers[row])
         done = token in self.eos or length >= self.max_length
         if len(self.others):
             ids = torch.tensor([self.sequence(row)], dtype=torch.int64, device=self.input_ids.device)
-            done |= bool(torch.as_tensor(self.others(ids, scores)).any())
+            done |= bool(torch.as_tensor(self.others(ids, None)).any())
         return done
 
     def stream(self) -> None:

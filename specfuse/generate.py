@@ -283,12 +283,12 @@ class _Run:
     ) -> list[int]:
         """Appends what the pass decided to every row; returns how many tokens each row kept."""
         tokens, drafted = tree.tokens.tolist(), tree.num_nodes.tolist()
-        added = [0] * len(paths)
+        added, running, width = [0] * len(paths), self.answers.running, self.answers.width
         for row, (path, length) in enumerate(zip(paths, lengths, strict=True)):
-            if not length:
+            if not length or not running[row]:
                 continue
             emitted = [*(tokens[row][node] for node in path[1:]), next_tokens[row]]
-            kept = added[row] = self.answers.append(row, emitted)
+            kept = added[row] = self.answers.append(row, emitted, width)
             stats.count(kept, drafted[row] - 1)
             if verified.scores is not None:
                 self.scores[row] += verified.scores[row][:kept]

@@ -44,18 +44,25 @@ def check_arguments(kwargs: Mapping[str, Any]) -> None:
     for name, why in _REFUSED_ARGUMENTS.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}={_short(kwargs[name])} is not supported: {why}")
+    # Refused before Hugging Face prepares for them: an offloaded cache, for one, needs a GPU to be made.
+    for name in _REFUSED_FIELDS.keys() & kwargs.keys():
+        _check_field(name, kwargs[name])
 
 
 def check_config(config: GenerationConfig) -> None:
     """Raises ValueError for fields of the generation config that can not be honoured."""
-    for name, (neutral, why) in _REFUSED_FIELDS.items():
-        value = getattr(config, name, None)
-        if value not in neutral:
-            raise ValueError(f"{name}={_short(value)} is not supported: {why}")
+    for name in _REFUSED_FIELDS:
+        _check_field(name, getattr(config, name, None))
     if (config.num_return_sequences or 1) > 1 and not config.do_sample:
         raise ValueError(
             f"num_return_sequences={config.num_return_sequences} needs do_sample=True: greedy answers are all the same"
         )
+
+
+def _check_field(name: str, value: object) -> None:
+    neutral, why = _REFUSED_FIELDS[name]
+    if value not in neutral:
+        raise ValueError(f"{name}={_short(value)} is not supported: {why}")
 
 
 def _short(value: object) -> str:
