@@ -78,8 +78,8 @@ def test_video_is_encoded_once_and_no_token_is_forwarded_twice(model: Any, proce
         branch.ask("Why?", max_new_tokens=NEW)
         early.ask("Where is it?", max_new_tokens=NEW)
     assert (work.tower_calls, work.frames) == (1, 4)
-    # Each token is forwarded once, except for the one behind the prefix and every answer's last, which the next
-    # question brings along. `early` and `branch` add their own tails.
+    # Each token is forwarded once, except for the one behind the prefix; an answer's last token waits for
+    # the next question. `early` and `branch` add their own tails.
     prefix = int((session.input_ids == processor.video_token_id).nonzero()[:, 1].max()) + 1
     shared = branch.input_ids.shape[1] - 1
     alone = early.input_ids.shape[1] - 1 - prefix

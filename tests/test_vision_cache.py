@@ -290,7 +290,9 @@ def bypass_cases(model: Any) -> dict[str, dict[str, Any]]:
     bidirectional = causal.clone()
     bidirectional[..., 4:prefix, 4:prefix] = True
     biased = torch.zeros(1, 1, length, length).masked_fill(~causal, torch.finfo(torch.float32).min)
+    soft = biased.clone()
     biased[..., prefix - 1, 5] = -0.5
+    soft[..., 5, 6] = -0.5
     hole = inputs["attention_mask"].clone()
     hole[0, 6] = 0
     positions = torch.arange(length)[None]
@@ -306,6 +308,7 @@ def bypass_cases(model: Any) -> dict[str, dict[str, Any]]:
         "no cache": {**base, "use_cache": False},
         "bidirectional prefix": {**base, "attention_mask": bidirectional},
         "biased prefix": {**base, "attention_mask": biased},
+        "future of the prefix faintly seen": {**base, "attention_mask": soft},
         "hole in the prefix": {**base, "attention_mask": hole},
         "jump in the positions": {**base, "position_ids": jump},
         "two-dimensional index": {**base, "logits_to_keep": torch.tensor([[length - 1]])},
@@ -381,7 +384,12 @@ def entry_bytes(model: Any) -> int:
 def test_bytes_are_those_of_the_prefix() -> None:
     model = tiny_video_llava()
     tokens = 4 + 4 * tokens_per_frame(model)
-    assert entry_bytes(model) == 2 * 2 * 2 * 16 * 4 * tokens  # layers, k and v, heads, dim, bytes
+    with patched(model) as cache:
+        answer(model, video_inputs(model), max_new_tokens=1)
+    assert cache.nbytes == 2 * 2 * 2 * 16 * 4 * tokens  # layers, k and v, heads, dim, bytes
+    (entry,) = cache._entries.values()
+    held = [t.untyped_storage().nbytes() for pair in entry.layers.values() for t in pair]
+    assert sum(held) == cache.nbytes  # nothing larger is kept alive behind a view
 
 
 def test_byte_bound_and_least_recently_used_order() -> None:
