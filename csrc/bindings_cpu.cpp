@@ -10,6 +10,7 @@
 
 #include "compact_kv.h"
 #include "verify_tree.h"
+#include "verify_tree_cpu_noise.h"
 
 void bind_corpus_index(pybind11::module_& module);
 
@@ -83,9 +84,24 @@ void compact_kv(const std::vector<std::array<int64_t, 7>>& tensors, int64_t B, i
   if (error) throw std::invalid_argument(error);
 }
 
-// Random words of one token, for tests of the noise.
+// The random word of one token, for tests of the noise.
 uint32_t noise_word(int64_t seed, int64_t position, int64_t token) {
   return specfuse::noise_word(seed, position, token);
+}
+
+// The words of tokens 0 .. count - 1 as the row passes draw them; count is a multiple of their step.
+std::vector<uint32_t> noise_words(int64_t seed, int64_t position, int64_t count, bool portable) {
+  if (count % specfuse::kNoiseStep != 0) throw std::invalid_argument("count must be a multiple of 64");
+  auto* step = &specfuse::step_noise_baseline;
+#ifdef SPECFUSE_X86
+  if (!portable && __builtin_cpu_supports("avx2")) step = &specfuse::step_noise_avx2;
+#else
+  static_cast<void>(portable);
+#endif
+  std::vector<uint32_t> words(count);
+  for (int64_t base = 0; base < count; base += specfuse::kNoiseStep)
+    step(base, seed, position, words.data() + base);
+  return words;
 }
 
 }  // namespace
@@ -94,5 +110,6 @@ PYBIND11_MODULE(_C_cpu, module) {
   module.def("verify_tree", &verify_tree);
   module.def("compact_kv", &compact_kv);
   module.def("noise_word", &noise_word);
+  module.def("noise_words", &noise_words);
   bind_corpus_index(module);
 }

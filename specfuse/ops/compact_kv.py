@@ -44,11 +44,13 @@ def _fake(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> 
     _check(kv, path, length, start)
 
 
-@torch.library.impl("specfuse::compact_kv", "default")
 def _reference(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> None:
     _check(kv, path, length, start)
     _check_values(kv, path, length, start)
     compact_kv_ref(list(kv), path, length, start)
+
+
+torch.library.impl("specfuse::compact_kv", "default", _reference)
 
 
 def _check_values(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> None:

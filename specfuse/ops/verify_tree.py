@@ -91,7 +91,6 @@ def _empty_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.impl("specfuse::verify_tree", "default")
 def _reference(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(logits, *args)
     for name, values in zip(_PER_ROW, args[3:], strict=True):
@@ -101,6 +100,9 @@ def _reference(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, T
         if not 0 <= n <= logits.shape[1]:
             raise ValueError(f"num_nodes must lie between 0 and the tree's width {logits.shape[1]}, got {n}")
     return verify_tree_ref(logits, *args)
+
+
+torch.library.impl("specfuse::verify_tree", "default", _reference)
 
 
 def _native_call(logits: Tensor, args: tuple[Tensor, ...]) -> tuple:
