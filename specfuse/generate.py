@@ -165,8 +165,9 @@ class SpeculativeGenerator:
                 break
             tree = self._propose(run.state)
             stats.draft_ms += clock.lap()
-            logits = run.target.forward_tree(tree, run.root_positions)
-            verified = verify(logits, tree, run.choice, run.root_positions, run.sequences())
+            positions = run.root_positions
+            logits = run.target.forward_tree(tree, positions)
+            verified = verify(logits, tree, run.choice, positions, run.sequences())
             committed = run.read(verified)
             stats.verify_ms += clock.lap()
         self._learn(run.state)
@@ -264,13 +265,16 @@ class _Run:
     def read(self, verified: Verified) -> tuple[list[list[int]], list[int], list[int]]:
         """Brings the decision to the host: paths, lengths, next tokens."""
         accepted = verified.accepted
-        packed = torch.cat(
-            [accepted.path.long(), accepted.length.long()[:, None], accepted.next_token[:, None]], dim=1
-        ).tolist()
-        lengths = [row[-2] for row in packed]
-        next_tokens = [row[-1] for row in packed]
+        if accepted.path.is_cpu:
+            paths, lengths = accepted.path.tolist(), accepted.length.tolist()
+            next_tokens = accepted.next_token.tolist()
+        else:
+            # One transfer, and so one wait for the device.
+            columns = [accepted.path.long(), accepted.length.long()[:, None], accepted.next_token[:, None]]
+            packed = torch.cat(columns, dim=1).tolist()
+            paths, lengths, next_tokens = packed, [row[-2] for row in packed], [row[-1] for row in packed]
         check_distributions(next_tokens, lengths)
-        return [row[:length] for row, length in zip(packed, lengths, strict=True)], lengths, next_tokens
+        return [row[:length] for row, length in zip(paths, lengths, strict=True)], lengths, next_tokens
 
     def emit(
         self,

@@ -42,18 +42,18 @@ class TreeCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[-2]
-        first, end = self.cache.write_range(self.pending, count)
+        end = self.cache.longest + self.pending + count
         if end > self.keys.shape[2]:
             self._grow(end)
-        if first is not None:
-            self.keys[:, :, first:end] = key_states
-            self.values[:, :, first:end] = value_states
+        if not self.cache.ragged:
+            self.keys.narrow(2, end - count, count).copy_(key_states)
+            self.values.narrow(2, end - count, count).copy_(value_states)
         else:
             row, slot = self.cache.slots(self.pending, count)
             self.keys[row, :, slot] = key_states.transpose(1, 2)
             self.values[row, :, slot] = value_states.transpose(1, 2)
         self.pending += count
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
     def _grow(self, needed: int) -> None:
         # Doubling keeps the copies rare when the answer outgrows what was reserved for it.
@@ -93,6 +93,7 @@ class TreeCache(Cache):
         self.capacity = capacity
         self.lengths = [0] * batch_size
         self.longest = 0
+        self.ragged = False  # rows start at different slots
         self._slots: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         super().__init__(layers=[TreeCacheLayer(self) for _ in range(num_layers)])
 
@@ -100,15 +101,6 @@ class TreeCache(Cache):
     def pending(self) -> int:
         """Slots written since the last commit (the same in every layer once a pass is over)."""
         return self.layers[-1].pending
-
-    @property
-    def ragged(self) -> bool:
-        return any(length != self.longest for length in self.lengths)
-
-    def write_range(self, pending: int, count: int) -> tuple[int | None, int]:
-        """(first slot, end) of the next ``count`` rows; first is None where rows start at different slots."""
-        end = self.longest + pending + count
-        return (None if self.ragged else end - count), end
 
     def slots(self, pending: int, count: int) -> tuple[Tensor, Tensor]:
         """Index tensors ``[B, 1]`` and ``[B, count]`` that address ragged rows."""
@@ -124,6 +116,7 @@ class TreeCache(Cache):
         """Declares how many slots of each row are committed; what lies behind them is forgotten."""
         self.lengths = list(lengths)
         self.longest = max(self.lengths, default=0)
+        self.ragged = min(self.lengths, default=0) != self.longest
         self._slots.clear()
         for layer in self.layers:
             layer.pending = 0

@@ -39,7 +39,7 @@ class TreeForward:
     def __init__(
         self, model: PreTrainedModel, batch_size: int, capacity: int, max_position: int | None = None
     ):
-        self.model = model
+        self.model, self.device = model, model.device
         self.config = model.config.get_text_config(decoder=True)
         self.layout = _mask_layout(model, self.config)
         self.parameters = inspect.signature(model.forward).parameters
@@ -52,10 +52,6 @@ class TreeForward:
         self.valid: Tensor | None = None  # [B, P] bool, False at left padding; None: no padding anywhere
         self.pads = [0] * batch_size
         self._tail_positions: Tensor | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     # ---------------------------------------------------------------- passes
 
@@ -112,7 +108,7 @@ class TreeForward:
         Returns:
             logits ``[B, q, V]``.
         """
-        if self.max_position is not None:
+        if self.max_position is not None and positions.shape[1] > 1:
             positions = positions.clamp(max=self.max_position)
         mask = self._step_mask(tail_mask, positions)
         return self._call(

@@ -56,6 +56,16 @@ class TokenChoice:
     keep_scores: bool = False
     keep_logits: bool = False
 
+    def __post_init__(self) -> None:
+        # As tensors on the device, so that a step does not build and move them again.
+        device = self.seeds.device
+        self.settings = {
+            "temperature": torch.tensor([self.temperature], dtype=torch.float32, device=device),
+            "top_k": torch.tensor([self.top_k], dtype=torch.int32, device=device),
+            "top_p": torch.tensor([self.top_p], dtype=torch.float32, device=device),
+            "min_p": torch.tensor([self.min_p], dtype=torch.float32, device=device),
+        }
+
     @classmethod
     def from_config(
         cls, processors: LogitsProcessorList, config: GenerationConfig, seeds: Tensor, batch_size: int
@@ -81,16 +91,7 @@ class TokenChoice:
 
     def pick(self, logits: Tensor, tree: TokenTree, positions: Tensor, seeds: Tensor) -> AcceptedPath:
         """The fused op with these settings; ``positions [B]`` is the roots' absolute position."""
-        return verify_tree(
-            logits,
-            tree,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=seeds,
-            positions=positions,
-        )
+        return verify_tree(logits, tree, **self.settings, seed=seeds, positions=positions)
 
 
 class RowPrefixConstraint:

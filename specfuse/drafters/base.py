@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from specfuse.tree import TokenTree
@@ -86,5 +87,7 @@ class Drafter:
 
 def root_only(state: DraftState) -> TokenTree:
     """Trees that propose nothing: plain decoding for this pass."""
-    roots = [[state.root(b)] for b in range(state.batch_size)]
-    return TokenTree.from_parents(roots, [[-1]] * len(roots), [[1.0]] * len(roots))
+    batch = state.batch_size
+    roots = torch.tensor([state.root(b) for b in range(batch)], dtype=torch.int64).reshape(batch, 1)
+    parents = torch.full((batch, 1), -1, dtype=torch.int32)
+    return TokenTree(roots, parents, torch.ones(batch, dtype=torch.int32))
