@@ -25,7 +25,11 @@ class Answers:
     """
 
     def __init__(
-        self, input_ids: Tensor, criteria: StoppingCriteriaList, config: GenerationConfig, streamer: Any = None
+        self,
+        input_ids: Tensor,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: Any = None,
     ):
         self.input_ids = input_ids
         self.prompts: list[list[int]] = input_ids.tolist()

@@ -6,6 +6,8 @@ Committing moves the accepted path to the front of those nodes (``compact_kv``) 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
@@ -37,7 +39,9 @@ class TreeCacheLayer(CacheLayerMixin):
         batch, heads, _, dim = like.shape
         return torch.zeros((batch, heads, capacity, dim), dtype=like.dtype, device=like.device)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Writes ``[B, G, q, D]`` new rows; returns the keys and values up to the longest row."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -62,3 +63,16 @@ class GenerationStats:
             "verify_ms": self.verify_ms,
             "commit_ms": self.commit_ms,
         }
+
+
+class Clock:
+    """Splits a call's wall time into parts."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Milliseconds since the last lap."""
+        now = time.perf_counter()
+        elapsed, self.last = (now - self.last) * 1e3, now
+        return elapsed

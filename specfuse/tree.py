@@ -122,7 +122,8 @@ class TokenTree(NamedTuple):
         tokens: list[list[int]] = []
         parents: list[list[int]] = []
         for root, continuations in zip(roots, sequences, strict=True):
-            row, row_parents, children = [root], [-1], {}
+            row, row_parents = [root], [-1]
+            children: dict[tuple[int, int], int] = {}
             for continuation in continuations:
                 node = 0
                 for token in continuation:

@@ -44,9 +44,7 @@ class TreeForward:
         self.layout = _mask_layout(model, self.config)
         self.parameters = inspect.signature(model.forward).parameters
         if "position_ids" not in self.parameters:
-            raise ValueError(
-                f"model {type(model).__name__}: forward takes no position_ids, trees need them"
-            )
+            raise ValueError(f"model {type(model).__name__}: forward takes no position_ids, trees need them")
         self.cache = TreeCache(self.config.num_hidden_layers, batch_size, capacity)
         self.max_position = max_position
         self.valid: Tensor | None = None  # [B, P] bool, False at left padding; None: no padding anywhere
@@ -74,8 +72,9 @@ class TreeForward:
             logits ``[B, N, V]`` of the tree's nodes (N = 1, the last prompt token, without a tree). Afterwards the
             cache is committed up to, not including, the root.
         """
-        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        length = (embeds if embeds is not None else ids).shape[1]
+        ids: Tensor = inputs["input_ids"]
+        embeds: Tensor | None = inputs.get("inputs_embeds")
+        length = (ids if embeds is None else embeds).shape[1]
         self._note_padding(prompt_mask)
         filled = self.cache.load(past) if past is not None and past.get_seq_length() else 0
         positions = self._prompt_positions(inputs, length)
@@ -91,7 +90,9 @@ class TreeForward:
             call["attention_mask"] = self._prefill_mask(tree, length, filled, positions)
         elif prompt_mask is not None:
             call["attention_mask"] = prompt_mask
-        call |= {"inputs_embeds": embeds[:, filled:]} if embeds is not None else {"input_ids": ids[:, filled:]}
+        call |= (
+            {"inputs_embeds": embeds[:, filled:]} if embeds is not None else {"input_ids": ids[:, filled:]}
+        )
         logits = self._call(position_ids=positions[:, filled:], keep=drafted + 1, **call)
         self.cache.set_lengths([length - 1] * logits.shape[0])
         return logits

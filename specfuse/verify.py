@@ -193,9 +193,7 @@ def _verify_with_processors(
         torch.tensor(next_tokens, dtype=torch.int64, device=logits.device),
         logprobs.to(logits.device),
     )
-    return Verified(
-        accepted, scores if choice.keep_scores else None, raw if choice.keep_logits else None
-    )
+    return Verified(accepted, scores if choice.keep_scores else None, raw if choice.keep_logits else None)
 
 
 def _process(

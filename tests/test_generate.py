@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from scripted_drafters import OracleChainDrafter, OracleDrafter, RandomTreeDraft
 from tiny_models import random_prompts, tiny_llama, tiny_qwen2, tiny_video_llava, video_inputs
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-import specfuse
+import specfuse.run
 from specfuse import CombinedDrafter, CorpusDrafter, ModelDrafter, PromptLookupDrafter
 
 NEW_TOKENS = 20
@@ -253,9 +252,7 @@ def test_continues_from_a_cache_and_returns_one_that_continues(name):
     first, _ = speculate(model, inputs, drafter, **kwargs)
     assert type(first) is type(first_expected)
     assert isinstance(first.past_key_values, DynamicCache)
-    for ours, theirs in zip(
-        first.past_key_values.layers, first_expected.past_key_values.layers, strict=True
-    ):
+    for ours, theirs in zip(first.past_key_values.layers, first_expected.past_key_values.layers, strict=True):
         kept = inputs["attention_mask"].bool()
         assert ours.keys.shape == theirs.keys.shape
         for row in range(2):
@@ -274,7 +271,7 @@ def test_continues_from_a_cache_and_returns_one_that_continues(name):
 
 
 def test_the_cache_grows_beyond_what_was_reserved(monkeypatch):
-    monkeypatch.setattr(sys.modules["specfuse.generate"], "_RESERVED_ANSWER", 2)
+    monkeypatch.setattr(specfuse.run, "RESERVED_ANSWER", 2)
     model = tiny_llama(seed=0, eos=False)
     inputs = random_prompts(model, 2)
     expected = plain(model, inputs, max_new_tokens=80)
@@ -283,7 +280,7 @@ def test_the_cache_grows_beyond_what_was_reserved(monkeypatch):
 
 
 def test_long_prompts_are_prefilled_without_a_tree(monkeypatch):
-    monkeypatch.setattr(sys.modules["specfuse.generate"], "MAX_MASKED_PREFILL", 4)
+    monkeypatch.setattr(specfuse.run, "MAX_MASKED_PREFILL", 4)
     model = tiny_llama(seed=0, eos=False)
     inputs = random_prompts(model, 1)
     expected = plain(model, inputs)
@@ -309,7 +306,9 @@ def test_a_copy_of_the_target_has_every_draft_accepted(batch, branching):
     """A Video-LLaVA used as drafter sees the video: its own copy is never wrong."""
     model = tiny_video_llava(seed=0, dtype=torch.float64, eos=False)
     inputs = video_inputs(model, batch)
-    drafter = ModelDrafter(tiny_video_llava(seed=0, dtype=torch.float64, eos=False), branching=branching, depth=3)
+    drafter = ModelDrafter(
+        tiny_video_llava(seed=0, dtype=torch.float64, eos=False), branching=branching, depth=3
+    )
     got, stats = speculate(model, inputs, drafter, max_nodes=64)
     assert torch.equal(got, plain(model, inputs))
     assert stats.passes == batch * NEW_TOKENS // 4

@@ -345,6 +345,4 @@ def test_nan_logits_raise(batch, do_sample):
     model = tiny_llama(seed=0)
     model.lm_head.weight.data[5] = float("nan")
     with pytest.raises(FloatingPointError, match="row 0: the model's logits hold NaN"):
-        specfuse.generate(
-            model, None, **random_prompts(model, batch), max_new_tokens=4, do_sample=do_sample
-        )
+        specfuse.generate(model, None, **random_prompts(model, batch), max_new_tokens=4, do_sample=do_sample)

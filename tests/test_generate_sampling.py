@@ -99,9 +99,7 @@ def test_a_copy_of_the_target_drafts_its_very_samples():
     """The draft model picks with the target's noise, so a bit-identical copy is right even under sampling."""
     model = tiny_llama(seed=0, dtype=torch.float64, eos=False)
     generator = specfuse.SpeculativeGenerator(model, ModelDrafter(model, depth=4))
-    generator.generate(
-        **random_prompts(model, 2), seed=0, do_sample=True, temperature=1.5, max_new_tokens=20
-    )
+    generator.generate(**random_prompts(model, 2), seed=0, do_sample=True, temperature=1.5, max_new_tokens=20)
     assert generator.last_stats.passes == 2 * 20 // 5
 
 

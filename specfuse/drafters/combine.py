@@ -46,9 +46,7 @@ class CombinedDrafter(Drafter):
         for drafter in self.drafters:
             drafter.observe(tokens, question=question)
 
-    def _merge(
-        self, rows: list[_Row], root: int, max_nodes: int
-    ) -> tuple[list[int], list[int], list[float]]:
+    def _merge(self, rows: list[_Row], root: int, max_nodes: int) -> tuple[list[int], list[int], list[float]]:
         tokens, parents, probs = [root], [-1], [1.0]
         index: dict[tuple[int, int], int] = {}
         for row, calibration in zip(rows, self.calibrations, strict=True):

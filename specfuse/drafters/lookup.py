@@ -41,14 +41,12 @@ class PromptLookupDrafter(Drafter):
                 _IndexedText([t for t in prompt if t not in state.visual_token_ids], self.max_ngram)
                 for prompt in state.prompts
             ]
-        tokens, parents, probs = [], [], []
+        rows = []
         for row, text in enumerate(texts):
             text.extend(state.answers[row])
             depth = min(self.max_depth, state.remaining[row] - 1) if state.active[row] else 0
-            trie = self._draft(text, state.root(row), max_nodes, depth)
-            for column, values in zip((tokens, parents, probs), trie, strict=True):
-                column.append(values)
-        return TokenTree.from_parents(tokens, parents, probs)
+            rows.append(self._draft(text, state.root(row), max_nodes, depth))
+        return TokenTree.from_parents(*map(list, zip(*rows, strict=True)))
 
     def _draft(
         self, text: _IndexedText, root: int, max_nodes: int, depth: int

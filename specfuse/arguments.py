@@ -1,11 +1,15 @@
-"""Which arguments of ``model.generate`` can be honoured; everything else is refused by name."""
+"""Arguments of the generation loop: what of ``model.generate`` can be honoured, stop strings, seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import GenerationConfig
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 _REFUSED_ARGUMENTS = {
     "assistant_model": "pass drafter=specfuse.ModelDrafter(assistant_model)",
@@ -57,6 +61,37 @@ def check_config(config: GenerationConfig) -> None:
         raise ValueError(
             f"num_return_sequences={config.num_return_sequences} needs do_sample=True: greedy answers are all the same"
         )
+
+
+def with_stop_strings(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Turns stop strings into a criterion: Hugging Face keeps the tokenizer from a custom decoding loop."""
+    tokenizer = kwargs.pop("tokenizer", None)
+    config = kwargs.get("generation_config") or model.generation_config
+    stop_strings = kwargs.pop("stop_strings", None) or config.stop_strings
+    if stop_strings is None:
+        return kwargs
+    if tokenizer is None:
+        raise ValueError(f"stop_strings={stop_strings!r} needs the model's tokenizer: pass tokenizer=...")
+    if config.stop_strings is not None:
+        kwargs["generation_config"] = copy.deepcopy(config)
+        kwargs["generation_config"].stop_strings = None
+    criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+    criteria.append(StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer))
+    return {**kwargs, "stopping_criteria": criteria}
+
+
+def row_seeds(seed: int | Sequence[int] | Tensor | None, batch: int, do_sample: bool) -> Tensor:
+    """``[B]`` int64 noise seeds from the ``seed`` argument; row b of an int s gets s + b."""
+    if seed is None:
+        if not do_sample:
+            return torch.zeros(batch, dtype=torch.int64)
+        seed = int(torch.randint(2**62, ()))
+    if isinstance(seed, int):
+        return torch.arange(batch, dtype=torch.int64) + seed
+    seeds = torch.as_tensor(seed, dtype=torch.int64).cpu()
+    if tuple(seeds.shape) != (batch,):
+        raise ValueError(f"seed must be an int or {batch} ints (one per row), got shape {tuple(seeds.shape)}")
+    return seeds
 
 
 def _check_field(name: str, value: object) -> None:

@@ -1,0 +1,174 @@
+"""One call of the generation loop: the target with its cache, the rows, how tokens are chosen, the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from specfuse.answers import Answers
+from specfuse.arguments import row_seeds
+from specfuse.drafters import DraftState, root_only
+from specfuse.drafters.guard import leave_out_finished
+from specfuse.stats import GenerationStats
+from specfuse.tree import TokenTree
+from specfuse.tree_forward import MAX_MASKED_PREFILL, TreeForward
+from specfuse.verify import TokenChoice, Verified, check_distributions
+
+# Slots reserved for the answer at first; longer answers grow the cache by doubling.
+RESERVED_ANSWER = 1024
+
+
+class GenerationRun:
+    """The parts of one call: the target with its cache, the rows, how tokens are chosen."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        answers: Answers,
+        config: GenerationConfig,
+        processors: LogitsProcessorList,
+        model_kwargs: dict[str, Any],
+        request: Mapping[str, Any],
+        max_nodes: int,
+    ):
+        self.model, self.answers, self.config = model, answers, config
+        self.past = model_kwargs.pop("past_key_values", None)
+        self.prompt_mask = model_kwargs.pop("attention_mask", None)
+        for handled in ("use_cache", "logits_to_keep"):
+            model_kwargs.pop(handled, None)
+        self.inputs = {"input_ids": answers.input_ids, **model_kwargs}
+        embeds = model_kwargs.get("inputs_embeds")
+        self.prompt_length = answers.input_ids.shape[1] if embeds is None else embeds.shape[1]
+        batch = answers.input_ids.shape[0]
+        longest = max(answers.remaining(), default=0)
+        capacity = self.prompt_length + min(longest, RESERVED_ANSWER) + max_nodes + 1
+        last_position = self.prompt_length + longest - 1
+        self.target = TreeForward(model, batch, capacity, max_position=last_position)
+        seeds = row_seeds(request["seed"], batch, config.do_sample).to(model.device)
+        self.choice = TokenChoice.from_config(processors, config, seeds, batch)
+        self.state = self._draft_state(request)
+        self.scores: list[list[Tensor]] = [[] for _ in range(batch)]
+        self.logits: list[list[Tensor]] = [[] for _ in range(batch)]
+        # Noise and rotary positions count real tokens only, so that padding changes nothing.
+        if self.prompt_mask is None:
+            first_root = torch.full((batch,), self.prompt_length - 1, dtype=torch.int64)
+        else:
+            first_root = self.prompt_mask.sum(dim=1).to("cpu", torch.int64) - 1
+        self._first_root = first_root
+
+    def _draft_state(self, request: Mapping[str, Any]) -> DraftState:
+        prompts = self.answers.prompts
+        if self.prompt_mask is not None and self.inputs.get("inputs_embeds") is None:
+            rows = zip(prompts, self.prompt_mask.tolist(), strict=True)
+            prompts = [[t for t, kept in zip(ids, mask, strict=True) if kept] for ids, mask in rows]
+        return DraftState(
+            prompts=prompts,
+            answers=self.answers.answers,
+            active=self.answers.running,
+            remaining=self.answers.remaining(),
+            visual_token_ids=visual_token_ids(self.model),
+            inputs={**self.inputs, "attention_mask": self.prompt_mask},
+            draft_inputs=request["draft_inputs"],
+            vocab_size=self.model.config.get_text_config(decoder=True).vocab_size,
+            evidence=request["evidence"],
+            choice=self.choice,
+        )
+
+    @property
+    def root_positions(self) -> Tensor:
+        """[B] absolute position of each row's last committed token."""
+        return self._first_root + torch.tensor([len(answer) for answer in self.answers.answers])
+
+    def sequences(self) -> list[list[int]]:
+        if self.choice.processors is None:
+            return []
+        return [self.answers.sequence(row) for row in range(len(self.answers.prompts))]
+
+    def prefill(self, tree: TokenTree) -> tuple[Tensor, TokenTree]:
+        """The first pass; returns the logits and the tree it carried."""
+        if tree.width > 1 and self.prompt_length + tree.width > MAX_MASKED_PREFILL:
+            tree = leave_out_finished(root_only(self.state), self.state)
+        logits = self.target.prefill(
+            self.inputs, self.prompt_mask, tree if tree.width > 1 else None, self.past
+        )
+        return logits, tree
+
+    def read(self, verified: Verified) -> tuple[list[list[int]], list[int], list[int]]:
+        """Brings the decision to the host: paths, lengths, next tokens."""
+        accepted = verified.accepted
+        if accepted.path.is_cpu:
+            paths, lengths = accepted.path.tolist(), accepted.length.tolist()
+            next_tokens = accepted.next_token.tolist()
+        else:
+            # One transfer, and so one wait for the device.
+            columns = [accepted.path.long(), accepted.length.long()[:, None], accepted.next_token[:, None]]
+            packed = torch.cat(columns, dim=1).tolist()
+            paths, lengths, next_tokens = packed, [row[-2] for row in packed], [row[-1] for row in packed]
+        check_distributions(next_tokens, lengths)
+        return [row[:length] for row, length in zip(paths, lengths, strict=True)], lengths, next_tokens
+
+    def emit(
+        self,
+        tree: TokenTree,
+        verified: Verified,
+        paths: list[list[int]],
+        lengths: list[int],
+        next_tokens: list[int],
+        stats: GenerationStats,
+    ) -> list[int]:
+        """Appends what the pass decided to every row; returns how many tokens each row kept."""
+        tokens, drafted = tree.tokens.tolist(), tree.num_nodes.tolist()
+        added, running, width = [0] * len(paths), self.answers.running, self.answers.width
+        for row, (path, length) in enumerate(zip(paths, lengths, strict=True)):
+            if not length or not running[row]:
+                continue
+            emitted = [*(tokens[row][node] for node in path[1:]), next_tokens[row]]
+            kept = added[row] = self.answers.append(row, emitted, width)
+            stats.count(kept, drafted[row] - 1)
+            if verified.scores is not None:
+                self.scores[row] += verified.scores[row][:kept]
+            if verified.logits is not None:
+                self.logits[row] += verified.logits[row][:kept]
+        self.answers.stream()
+        self.state.active = self.answers.running
+        self.state.remaining = self.answers.remaining()
+        return added
+
+    def result(self, stats: GenerationStats) -> GenerateDecoderOnlyOutput | Tensor:
+        if self.answers.streamer is not None:
+            self.answers.streamer.end()
+        sequences = self.answers.sequences()
+        if not self.config.return_dict_in_generate:
+            return sequences
+        output = GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=self._columns(self.scores, padding=True) if self.choice.keep_scores else None,
+            logits=self._columns(self.logits, padding=False) if self.choice.keep_logits else None,
+            past_key_values=self.target.cache.to_dynamic(self.prompt_length + self.answers.width - 1),
+        )
+        output.stats = stats
+        return output
+
+    def _columns(self, rows: list[list[Tensor]], padding: bool) -> tuple[Tensor, ...]:
+        """Per-row lists -> a tuple of [B, V], one per emitted column. A finished row's filler is the certain pad."""
+        example = next(row[0] for row in rows if row)
+        filler = torch.zeros_like(example)
+        if padding:
+            filler = torch.full_like(example, -float("inf"))
+            filler[self.answers.pad] = 0.0
+        return tuple(
+            torch.stack([row[column] if column < len(row) else filler for row in rows])
+            for column in range(self.answers.width)
+        )
+
+
+def visual_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Ids that stand for pixels in a prompt (``image_token_id``, ``video_token_id`` of the config)."""
+    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+    found = {getattr(model.config, name, None) for name in names}
+    return frozenset(token for token in found if isinstance(token, int))
