@@ -151,10 +151,12 @@ def patch(model: PreTrainedModel, cache: VisionCache | None = None) -> VisionCac
     """Makes `model.forward` reuse the KV of visual prefixes it has already computed.
 
     Only prefill calls without gradients that keep logits behind the last visual token are served (what
-    `generate` does); every other call goes to the original forward unchanged. Answers stay the same; logits
-    may differ in their last bits from an uncached run, because the question alone is a smaller matrix product
-    than prompt and question together. A reused prefix returns no `image_hidden_states` /
-    `video_hidden_states`.
+    `generate` does); every other call goes to the original forward unchanged.
+
+    Answers stay the same. Logits may differ in their last bits from an uncached run, because the question
+    alone is a smaller matrix product than prompt and question together; in half precision a near-tie between
+    two tokens may therefore fall the other way, as it may between two batch sizes. A reused prefix returns no
+    `image_hidden_states` / `video_hidden_states`.
 
     Args:
         model: a `VideoLlavaForConditionalGeneration`. Patching a patched model replaces its cache.
@@ -175,7 +177,8 @@ def patch(model: PreTrainedModel, cache: VisionCache | None = None) -> VisionCac
     # Something else (accelerate's device hooks) may have put a forward on the instance already: it comes back
     # later.
     had_own_forward = "forward" in vars(model)
-    model.forward = CachedForward(model, model.forward, adapter, cache, had_own_forward)  # type: ignore[assignment]
+    cached: Any = CachedForward(model, model.forward, adapter, cache, had_own_forward)
+    model.forward = cached
     return cache
 
 
@@ -190,7 +193,7 @@ def unpatch(model: PreTrainedModel) -> None:
     if isinstance(current, CachedForward):
         del model.forward
         if current.had_own_forward:
-            model.forward = current.original  # type: ignore[assignment]
+            model.forward = current.original
     elif isinstance(getattr(current, "__wrapped__", None), CachedForward):
         raise ValueError(f"model: {current!r} wraps the patched forward, remove it before unpatch")
 
