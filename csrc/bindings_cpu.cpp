@@ -3,52 +3,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
 
-#include "compact_kv.h"
-#include "verify_tree.h"
+#include "bindings_arguments.h"
 #include "verify_tree_cpu_noise.h"
 
 void bind_corpus_index(pybind11::module_& module);
 
+using namespace specfuse::bindings;
+
 namespace {
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// shape = (B, N, V); strides of the logits in elements; inputs and outputs in the order of the op's schema.
-specfuse::VerifyTreeParams verify_tree_params(uintptr_t logits, int dtype,
-                                              const std::array<int64_t, 3>& shape,
-                                              const std::array<int64_t, 3>& strides,
-                                              const std::array<uintptr_t, 9>& inputs,
-                                              const std::array<uintptr_t, 4>& outputs) {
-  return {pointer<const void>(logits),
-          strides[0],
-          strides[1],
-          strides[2],
-          static_cast<specfuse::LogitsDtype>(dtype),
-          shape[0],
-          shape[1],
-          shape[2],
-          pointer<const int64_t>(inputs[0]),
-          pointer<const int32_t>(inputs[1]),
-          pointer<const int32_t>(inputs[2]),
-          pointer<const float>(inputs[3]),
-          pointer<const int32_t>(inputs[4]),
-          pointer<const float>(inputs[5]),
-          pointer<const float>(inputs[6]),
-          pointer<const int64_t>(inputs[7]),
-          pointer<const int64_t>(inputs[8]),
-          pointer<int32_t>(outputs[0]),
-          pointer<int32_t>(outputs[1]),
-          pointer<int64_t>(outputs[2]),
-          pointer<float>(outputs[3])};
-}
 
 void verify_tree(uintptr_t logits, int dtype, const std::array<int64_t, 3>& shape,
                  const std::array<int64_t, 3>& strides, const std::array<uintptr_t, 9>& inputs,
@@ -66,16 +32,10 @@ void verify_tree(uintptr_t logits, int dtype, const std::array<int64_t, 3>& shap
   }
 }
 
-// tensors: per cache tensor (address, stride_b, stride_g, stride_s, G, Smax, row_bytes), strides in bytes.
-void compact_kv(const std::vector<std::array<int64_t, 7>>& tensors, int64_t B, int64_t K, uintptr_t path,
-                uintptr_t length, uintptr_t start) {
-  std::vector<specfuse::KvTensor> table;
-  table.reserve(tensors.size());
-  for (const auto& t : tensors) {
-    table.push_back({pointer<char>(static_cast<uintptr_t>(t[0])), t[1], t[2], t[3], t[4], t[5], t[6]});
-  }
-  const specfuse::CompactKvParams params{B, K, pointer<const int32_t>(path), pointer<const int32_t>(length),
-                                         pointer<const int64_t>(start)};
+void compact_kv(const std::vector<KvTuple>& tensors, int64_t B, int64_t K, uintptr_t path, uintptr_t length,
+                uintptr_t start) {
+  const auto params = compact_kv_params(B, K, path, length, start);
+  const auto table = kv_tensors(tensors);
   const char* error;
   {
     pybind11::gil_scoped_release release;

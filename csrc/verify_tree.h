@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define SPECFUSE_HD __host__ __device__ __forceinline__
@@ -65,6 +66,31 @@ SPECFUSE_HD uint32_t noise_word(int64_t seed, int64_t position, int64_t token) {
 SPECFUSE_HD double gumbel_double(uint32_t word) {
   const double u = (word >> 8) * 0x1p-24;
   return -log(-log(u > 0x1p-25 ? u : 0x1p-25));
+}
+
+SPECFUSE_HD float float_from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+SPECFUSE_HD uint32_t bits_from_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+SPECFUSE_HD float float_from_bfloat16(uint16_t bits) {
+  return float_from_bits(static_cast<uint32_t>(bits) << 16);
+}
+
+// Multiplying by 2^112 moves the exponent's bias and normalises subnormals; infinity and NaN keep an all-ones
+// exponent.
+SPECFUSE_HD float float_from_half(uint16_t bits) {
+  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFF) << 13;
+  const uint32_t special = magnitude >= 0x0F800000u ? 0x7F800000u : 0u;
+  const uint32_t scaled = bits_from_float(float_from_bits(magnitude) * 0x1p112f);
+  return float_from_bits(scaled | special | static_cast<uint32_t>(bits & 0x8000) << 16);
 }
 
 // The lowest-numbered child of `node` that holds `token`, or -1. A child comes after its parent, so the walk

@@ -19,18 +19,6 @@ namespace {
 constexpr int64_t kStep = kNoiseStep;
 static_assert(kStep == kChunk, "a step covers one chunk");
 
-SPECFUSE_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-SPECFUSE_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 // Vector types of the compiler, because it does not vectorise comparisons of floats on its own unless told
 // that they cannot trap. Eight lanes are one AVX register, or two SSE or NEON ones.
 constexpr int kLanes = 8;
@@ -68,19 +56,11 @@ SPECFUSE_INLINE const float* step_at(const float* x, int64_t base, int64_t V, fl
 }
 
 SPECFUSE_INLINE void from_half_body(const uint16_t* in, int64_t V, float* out) {
-  for (int64_t i = 0; i < V; ++i) {
-    const uint32_t magnitude = static_cast<uint32_t>(in[i] & 0x7FFF) << 13;
-    const uint32_t sign = static_cast<uint32_t>(in[i] & 0x8000) << 16;
-    // Multiplying by 2^112 moves the exponent's bias and normalises subnormals; infinity and NaN keep all
-    // ones.
-    const float scaled = bits_to_float(magnitude) * 0x1p112f;
-    const uint32_t special = magnitude >= 0x0F800000u ? 0x7F800000u : 0u;
-    out[i] = bits_to_float(float_to_bits(scaled) | special | sign);
-  }
+  for (int64_t i = 0; i < V; ++i) out[i] = float_from_half(in[i]);
 }
 
 SPECFUSE_INLINE void from_bfloat16_body(const uint16_t* in, int64_t V, float* out) {
-  for (int64_t i = 0; i < V; ++i) out[i] = bits_to_float(static_cast<uint32_t>(in[i]) << 16);
+  for (int64_t i = 0; i < V; ++i) out[i] = float_from_bfloat16(in[i]);
 }
 
 SPECFUSE_INLINE bool chunk_maxima_body(const float* x, int64_t V, float* maxima) {

@@ -1,0 +1,65 @@
+// How both Python modules turn addresses, shapes and strides into the parameter structs of the ops.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "compact_kv.h"
+#include "verify_tree.h"
+
+namespace specfuse {
+namespace bindings {
+
+template <typename T>
+inline T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// shape = (B, N, V); strides of the logits in elements; inputs and outputs in the order of the op's schema.
+inline VerifyTreeParams verify_tree_params(uintptr_t logits, int dtype, const std::array<int64_t, 3>& shape,
+                                           const std::array<int64_t, 3>& strides,
+                                           const std::array<uintptr_t, 9>& inputs,
+                                           const std::array<uintptr_t, 4>& outputs) {
+  return {pointer<const void>(logits),
+          strides[0],
+          strides[1],
+          strides[2],
+          static_cast<LogitsDtype>(dtype),
+          shape[0],
+          shape[1],
+          shape[2],
+          pointer<const int64_t>(inputs[0]),
+          pointer<const int32_t>(inputs[1]),
+          pointer<const int32_t>(inputs[2]),
+          pointer<const float>(inputs[3]),
+          pointer<const int32_t>(inputs[4]),
+          pointer<const float>(inputs[5]),
+          pointer<const float>(inputs[6]),
+          pointer<const int64_t>(inputs[7]),
+          pointer<const int64_t>(inputs[8]),
+          pointer<int32_t>(outputs[0]),
+          pointer<int32_t>(outputs[1]),
+          pointer<int64_t>(outputs[2]),
+          pointer<float>(outputs[3])};
+}
+
+// Address, stride_b, stride_g, stride_s, G, Smax, row_bytes of a cache tensor, strides in bytes.
+using KvTuple = std::array<int64_t, 7>;
+
+inline std::vector<KvTensor> kv_tensors(const std::vector<KvTuple>& tuples) {
+  std::vector<KvTensor> tensors;
+  tensors.reserve(tuples.size());
+  for (const auto& t : tuples) {
+    tensors.push_back({pointer<char>(static_cast<uintptr_t>(t[0])), t[1], t[2], t[3], t[4], t[5], t[6]});
+  }
+  return tensors;
+}
+
+inline CompactKvParams compact_kv_params(int64_t B, int64_t K, uintptr_t path, uintptr_t length,
+                                         uintptr_t start) {
+  return {B, K, pointer<const int32_t>(path), pointer<const int32_t>(length), pointer<const int64_t>(start)};
+}
+
+}  // namespace bindings
+}  // namespace specfuse
