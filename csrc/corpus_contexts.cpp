@@ -61,11 +61,6 @@ uint32_t context_hashes(const AnswerWindow& window, uint32_t* hashes) {
         if (copy < 0) continue;
         hash = mix(hash, static_cast<uint64_t>(copy));
         break;
-      case ContextType::kGap:
-        if (window.count < 4) continue;
-        hash = prefix[0];
-        for (int i = 2; i <= 4; ++i) hash = mix(hash, static_cast<uint32_t>(window.tokens[window.count - i]));
-        break;
       case ContextType::kEvidence:
         if (window.evidence == 0) continue;
         hash = mix(hash, window.evidence);

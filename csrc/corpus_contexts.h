@@ -11,23 +11,22 @@ enum class ContextType : uint8_t {
   kOrder,     // the last `order` tokens
   kPlace,     // the last `order` tokens, the place in the answer and the question
   kCopy,      // the last `order` tokens and what followed the last token earlier in this answer
-  kGap,       // three tokens before the last one
   kEvidence,  // the last `order` tokens and another model's answer
 };
 
 struct ContextKind {
   ContextType type;
   int order;
-  int parent;  // a context is kept only if this one was seen before: a chance sequence costs few contexts
+  int parent;      // a context is kept only if this one was seen before: a chance sequence costs few contexts
+  int successors;  // at most so many are remembered; specific contexts have few that matter
 };
 
 constexpr ContextKind kContextKinds[] = {
-    {ContextType::kOrder, 0, -1},  {ContextType::kOrder, 1, -1},   {ContextType::kPlace, 1, 1},
-    {ContextType::kOrder, 2, -1},  {ContextType::kPlace, 2, 3},    {ContextType::kEvidence, 1, 1},
-    {ContextType::kCopy, 2, 3},    {ContextType::kEvidence, 2, 3}, {ContextType::kOrder, 3, 3},
-    {ContextType::kGap, 3, 8},     {ContextType::kOrder, 4, 8},    {ContextType::kOrder, 5, 10},
-    {ContextType::kOrder, 6, 11},  {ContextType::kOrder, 8, 12},   {ContextType::kOrder, 11, 13},
-    {ContextType::kOrder, 16, 14}, {ContextType::kOrder, 24, 15},
+    {ContextType::kOrder, 0, -1, 32},   {ContextType::kOrder, 1, -1, 24},   {ContextType::kPlace, 1, 1, 16},
+    {ContextType::kEvidence, 1, 1, 12}, {ContextType::kOrder, 2, -1, 16},   {ContextType::kPlace, 2, 4, 12},
+    {ContextType::kCopy, 2, 4, 12},     {ContextType::kEvidence, 2, 4, 12}, {ContextType::kOrder, 3, 4, 12},
+    {ContextType::kOrder, 4, 8, 12},    {ContextType::kOrder, 6, 9, 12},    {ContextType::kOrder, 8, 10, 12},
+    {ContextType::kOrder, 16, 11, 8},   {ContextType::kOrder, 24, 12, 8},
 };
 constexpr int kContexts = sizeof(kContextKinds) / sizeof(kContextKinds[0]);
 constexpr int kMatchExpert = kContexts;  // the longest match is an expert without a context of its own

@@ -15,11 +15,6 @@ struct CorpusIndex::Expert {
   int count;
   uint32_t tokens[kMaxSuccessors];
   float weights[kMaxSuccessors];
-
-  void push(uint32_t token, float weight) {
-    tokens[count] = token;
-    weights[count++] = weight;
-  }
 };
 
 struct CorpusIndex::Gathered {

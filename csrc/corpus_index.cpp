@@ -1,7 +1,9 @@
 #include "corpus_index.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <mutex>
 
 #include "corpus_contexts.h"
@@ -27,6 +29,28 @@ uint16_t scope_bit(uint64_t scope) {
   return static_cast<uint16_t>(1u << ((scope * 0x9E3779B97F4A7C15ull) >> 60));
 }
 
+// 1 / sqrt(2 + age) in steps of a sixteenth octave: how much a successor seen that many answers ago still
+// counts.
+constexpr uint32_t kRecencyFirst = 0x40000000u >> 19;  // the bits of 2.0f
+std::array<float, 512> recency_table() {
+  std::array<float, 512> table{};
+  for (uint32_t i = 0; i < table.size(); ++i) {
+    const uint32_t bits = ((i + kRecencyFirst) << 19) + (1u << 18);
+    float x;
+    std::memcpy(&x, &bits, sizeof(x));
+    table[i] = 1.0f / std::sqrt(x);
+  }
+  return table;
+}
+const std::array<float, 512> kRecency = recency_table();
+
+float recency(float age) {
+  const float x = 2.0f + age;
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return kRecency[((bits >> 19) - kRecencyFirst) & 511];
+}
+
 // 0..4: from a single successor to an even spread.
 int spread(int count, float heaviest, float total) {
   if (count == 1) return 0;
@@ -44,14 +68,19 @@ int occurrences_bucket(float weight) {
 CorpusIndex::CorpusIndex(size_t max_tokens) : max_tokens_(max_tokens), mixer_(kExperts, kMatchExpert) {}
 
 float CorpusIndex::age_in_answers(uint32_t last) const {
-  return static_cast<float>(end() - last) * answers_per_token_;
+  return static_cast<float>(static_cast<int32_t>(end() - last)) * answers_per_token_;
+}
+
+// Hashes the contexts and asks for their slots, to be there when gather() reads them.
+void CorpusIndex::prepare(const AnswerWindow& window, Gathered* found) const {
+  found->present = context_hashes(window, found->hashes);
+  for (int k = 0; k < kContexts; ++k)
+    if (found->present >> k & 1) table_.prefetch(found->hashes[k]);
 }
 
 void CorpusIndex::gather(const AnswerWindow& window, Gathered* found) const {
   found->clear();
-  const uint32_t present = found->present = context_hashes(window, found->hashes);
-  for (int k = 0; k < kContexts; ++k)
-    if (present >> k & 1) table_.prefetch(found->hashes[k]);
+  const uint32_t present = found->present;
   for (int k = 0; k < kContexts; ++k) {
     const int parent = kContextKinds[k].parent;
     if (!(present >> k & 1) || (parent >= 0 && !found->has(parent))) continue;
@@ -81,34 +110,40 @@ void CorpusIndex::gather_match(const AnswerWindow& window, Gathered* found) cons
 }
 
 void CorpusIndex::evaluate(Expert* expert, const Gathered& found, uint64_t scope) const {
-  const uint16_t bit = scope_bit(scope);
   Evidence& evidence = expert->evidence;
   evidence.age = std::min(bit_width(1 + static_cast<uint32_t>(age_in_answers(expert->last))), 15);
-  expert->count = 0;
   if (expert->kind == kMatchExpert) {
-    expert->push(history(expert->last), 1.0f);
-    expert->total = 1.0f;
+    expert->count = 1;
+    expert->tokens[0] = history(expert->last);
+    expert->weights[0] = expert->total = 1.0f;
     evidence.shape = std::min(found.match_length / 2, CorpusMixer::kShapes - 1);
     evidence.same_scope = 1;
   } else {
-    Successor single;
-    const SuccessorView view = table_.view(found.places[expert->kind].index, &single);
-    float heaviest = 0.0f, occurrences = 0.0f, total = 0.0f;
-    for (int i = 0; i < view.count; ++i) {
-      const Successor& s = view.items[i];
-      if (s.last < oldest_) continue;
-      const float recency = 1.0f / std::sqrt(2.0f + age_in_answers(s.last));
-      const float weight = s.weight * recency * (s.scopes & bit ? 1.0f : kOtherScope);
-      expert->push(s.token, weight);
-      heaviest = std::max(heaviest, weight);
-      occurrences += s.weight;
-      total += weight;
-    }
-    expert->total = total;
-    evidence.shape = spread(expert->count, heaviest, total) * 4 + occurrences_bucket(occurrences);
-    evidence.same_scope = (view.scopes & bit) != 0;
+    evaluate_context(expert, found.places[expert->kind].index, scope_bit(scope));
   }
   expert->gate = mixer_.gate(expert->kind, evidence);
+}
+
+void CorpusIndex::evaluate_context(Expert* expert, size_t place, uint16_t scope) const {
+  Successor single;
+  const SuccessorView view = table_.view(place, &single);
+  float heaviest = 0.0f, occurrences = 0.0f, total = 0.0f;
+  int count = 0;
+  for (int i = 0; i < view.count; ++i) {
+    const Successor& s = view.items[i];
+    const float weight = s.weight * recency(age_in_answers(s.last)) * (s.scopes & scope ? 1.0f : kOtherScope);
+    expert->tokens[count] = s.token;
+    expert->weights[count] = weight;
+    if (s.last < oldest_) continue;
+    ++count;
+    heaviest = std::max(heaviest, weight);
+    occurrences += s.weight;
+    total += weight;
+  }
+  expert->count = count;
+  expert->total = total;
+  expert->evidence.shape = spread(count, heaviest, total) * 4 + occurrences_bucket(occurrences);
+  expert->evidence.same_scope = (view.scopes & scope) != 0;
 }
 
 void CorpusIndex::train(Gathered* found, const AnswerWindow& window, uint32_t token) {
@@ -128,16 +163,16 @@ void CorpusIndex::train(Gathered* found, const AnswerWindow& window, uint32_t to
   mixer_.learn(found->count, kinds, evidence, share, gate);
 }
 
-void CorpusIndex::learn_token(const AnswerWindow& window, uint32_t token, uint32_t position, bool trains) {
+void CorpusIndex::learn_token(const AnswerWindow& window, Gathered* found, uint32_t token, uint32_t position,
+                              bool trains) {
   table_.reserve(kContexts, oldest_);
-  Gathered found;
-  gather(window, &found);
-  if (trains) train(&found, window, token);
-  const uint16_t scope = scope_bit(window.scope);
+  gather(window, found);
+  if (trains) train(found, window, token);
+  const Successor added = {token, position, kWeightOne, scope_bit(window.scope)};
   for (int k = 0; k < kContexts; ++k) {
-    const int parent = kContextKinds[k].parent;
-    if (!(found.present >> k & 1) || (parent >= 0 && !found.has(parent))) continue;
-    table_.add(found.hashes[k], found.places[k], token, position, scope, oldest_);
+    const ContextKind& kind = kContextKinds[k];
+    if (!(found->present >> k & 1) || (kind.parent >= 0 && !found->has(kind.parent))) continue;
+    table_.add(found->hashes[k], found->places[k], added, kind.successors, oldest_);
   }
 }
 
@@ -163,12 +198,18 @@ void CorpusIndex::observe_locked(const int32_t* tokens, size_t count, uint64_t s
   history_.push_back(kSeparator);
   const uint32_t start = end();
   history_.insert(history_.end(), tokens, tokens + count);
+  const auto window = [&](size_t i) {
+    const size_t tail = std::min<size_t>(i, kCopyReach);
+    return AnswerWindow{tokens + (i - tail), static_cast<int>(tail), skipped + static_cast<int64_t>(i - tail),
+                        scope, evidence};
+  };
+  Gathered found[2];  // of this token and of the next, whose slots are fetched meanwhile
+  prepare(window(0), &found[0]);
   for (size_t i = 0; i < count; ++i) {
-    const int tail = static_cast<int>(std::min<size_t>(i, kCopyReach));
-    const AnswerWindow window{tokens + i - tail, tail, skipped + static_cast<int64_t>(i) - tail, scope,
-                              evidence};
+    if (i + 1 < count) prepare(window(i + 1), &found[(i + 1) % 2]);
     const bool now = trains && (observed_ < kTrainAll || observed_ % kTrainOneIn == 0);
-    learn_token(window, static_cast<uint32_t>(tokens[i]), start + static_cast<uint32_t>(i), now);
+    learn_token(window(i), &found[i % 2], static_cast<uint32_t>(tokens[i]), start + static_cast<uint32_t>(i),
+                now);
     ++observed_;
   }
   answers_.push_back({start, static_cast<uint32_t>(count), scope, evidence});

@@ -74,11 +74,14 @@ class CorpusIndex {
   struct Gathered;
   class TreeBuilder;
 
+  void prepare(const AnswerWindow& window, Gathered* found) const;
   void gather(const AnswerWindow& window, Gathered* found) const;
   void gather_match(const AnswerWindow& window, Gathered* found) const;
   void evaluate(Expert* expert, const Gathered& found, uint64_t scope) const;
   void train(Gathered* found, const AnswerWindow& window, uint32_t token);
-  void learn_token(const AnswerWindow& window, uint32_t token, uint32_t position, bool trains);
+  void evaluate_context(Expert* expert, size_t place, uint16_t scope) const;
+  void learn_token(const AnswerWindow& window, Gathered* found, uint32_t token, uint32_t position,
+                   bool trains);
   void observe_locked(const int32_t* tokens, size_t count, uint64_t scope, uint64_t evidence, bool trains);
   void relearn(const CorpusContent& content);
   void evict(size_t needed);

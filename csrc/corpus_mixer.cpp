@@ -7,7 +7,7 @@
 namespace specfuse {
 namespace {
 
-constexpr float kLearningRate = 0.1f;
+constexpr float kLearningRate = 0.05f;
 // Probability that no expert vouches for; keeps the gradient finite.
 constexpr float kFloor = 1e-4f;
 

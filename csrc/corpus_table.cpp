@@ -128,8 +128,7 @@ void ContextTable::move_live(const ContextSlot& slot, const std::vector<Successo
   std::copy(live, live + count, &pool_[moved.payload]);
 }
 
-void ContextTable::add(uint32_t hash, Place place, uint32_t token, uint32_t last, uint16_t scope,
-                       uint32_t oldest) {
+void ContextTable::add(uint32_t hash, Place place, const Successor& added, int most, uint32_t oldest) {
   // A context added since `place` was found may have taken its slot.
   if (!place.found && slots_[place.index].count != 0 && slots_[place.index].last >= oldest)
     place = find(hash, oldest);
@@ -137,12 +136,12 @@ void ContextTable::add(uint32_t hash, Place place, uint32_t token, uint32_t last
   if (!place.found) {
     used_ += slot.count == 0;
     release(&slot);
-    slot = {hash, last, token, scope, 1, 1};
+    slot = {hash, added.last, added.token, added.scopes, 1, 1};
     return;
   }
   if (slot.count > 1) {
-    add_to_list(&slot, {token, last, kWeightOne, scope}, oldest);
-  } else if (slot.payload == token) {
+    add_to_list(&slot, added, most, oldest);
+  } else if (slot.payload == added.token) {
     slot.extra += slot.extra < 255;
   } else {
     const Successor before = {slot.payload, slot.last, decayed(kRepeatedWeight[slot.extra]), slot.scopes};
@@ -150,14 +149,14 @@ void ContextTable::add(uint32_t hash, Place place, uint32_t token, uint32_t last
     slot.extra = 1;
     slot.count = 2;
     pool_[slot.payload] = before;
-    pool_[slot.payload + 1] = {token, last, kWeightOne, scope};
+    pool_[slot.payload + 1] = added;
     if (before.weight < kWeightOne) std::swap(pool_[slot.payload], pool_[slot.payload + 1]);
   }
-  slot.last = last;
-  slot.scopes |= scope;
+  slot.last = added.last;
+  slot.scopes |= added.scopes;
 }
 
-void ContextTable::add_to_list(ContextSlot* slot, Successor added, uint32_t oldest) {
+void ContextTable::add_to_list(ContextSlot* slot, Successor added, int most, uint32_t oldest) {
   Successor* items = &pool_[slot->payload];
   int at = slot->count;  // where the token is, or else a dead entry, or else the end
   for (int i = slot->count - 1; i >= 0; --i) {
@@ -167,7 +166,7 @@ void ContextTable::add_to_list(ContextSlot* slot, Successor added, uint32_t olde
     else if (items[i].last < oldest && (at == slot->count || items[at].token != added.token))
       at = i;
   }
-  if (at == slot->count && at == kMaxSuccessors) --at;  // the lightest makes room
+  if (at == slot->count && at >= most) --at;  // the lightest makes room
   if (at == slot->count) {
     items = grown(slot);
     ++slot->count;

@@ -57,8 +57,9 @@ class ContextTable {
 
   // Makes room for `count` new contexts; dead ones are dropped on the way.
   void reserve(size_t count, uint32_t oldest);
-  // Adds one occurrence of `token` after the context. A place that is not found is created.
-  void add(uint32_t hash, Place place, uint32_t token, uint32_t last, uint16_t scope, uint32_t oldest);
+  // Counts one more occurrence of the context, followed by `added` (of weight kWeightOne). A place that is
+  // not found is created. Of more than `most` successors the lightest go.
+  void add(uint32_t hash, Place place, const Successor& added, int most, uint32_t oldest);
 
   void clear();
   size_t bytes() const {
@@ -72,7 +73,7 @@ class ContextTable {
   void release(ContextSlot* slot);
   void rehash(size_t size, uint32_t oldest);
   void move_live(const ContextSlot& slot, const std::vector<Successor>& pool, uint32_t oldest);
-  void add_to_list(ContextSlot* slot, Successor added, uint32_t oldest);
+  void add_to_list(ContextSlot* slot, Successor added, int most, uint32_t oldest);
   Successor* grown(ContextSlot* slot);
 
   std::vector<ContextSlot> slots_;

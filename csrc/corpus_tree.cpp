@@ -8,8 +8,10 @@
 namespace specfuse {
 namespace {
 
-// Blended predictions below this share of their node are not followed.
-constexpr float kNegligible = 1e-4f;
+// Experts are not asked any more once this little is left to give ...
+constexpr float kNegligible = 1e-3f;
+// ... or this little, where no token they name could enter the tree.
+constexpr float kSettled = 0.02f;
 
 }  // namespace
 
@@ -29,7 +31,6 @@ class CorpusIndex::TreeBuilder {
     window_.skipped += window.count - tail;
     base_ = path_.size();
     path_.resize(base_ + static_cast<size_t>(std::min(max_depth, max_nodes)));
-    slots_.assign(kSlots, 0);
   }
 
   void build() {
@@ -59,10 +60,6 @@ class CorpusIndex::TreeBuilder {
       return token > other.token;
     }
   };
-  struct Share {
-    uint32_t token;
-    float prob;
-  };
   static constexpr size_t kSlots = 1024;  // more than kExperts * kMaxSuccessors, a power of two
   static_assert(kSlots > size_t{kExperts} * kMaxSuccessors, "the blend must never fill up");
 
@@ -74,11 +71,11 @@ class CorpusIndex::TreeBuilder {
     window_.tokens = path_.data();
     window_.count = static_cast<int>(base_) + depth;
     blend(prob);
-    for (const Share& share : shares_) {
+    for (uint32_t i = 0; i < count_; ++i) {
       // Never above the parent's, whatever the rounding of the sum.
-      const float path_prob = prob * std::min(share.prob, 1.0f);
+      const float path_prob = prob * std::min(probs_[i], 1.0f);
       if (path_prob <= threshold()) continue;
-      candidates_.push_back({path_prob, node, static_cast<int32_t>(share.token)});
+      candidates_.push_back({path_prob, node, static_cast<int32_t>(tokens_[i])});
       std::push_heap(candidates_.begin(), candidates_.end());
       remember(path_prob);
     }
@@ -86,33 +83,39 @@ class CorpusIndex::TreeBuilder {
 
   // The next token's probabilities: gates from the most specific expert down, until nothing is left to give.
   void blend(float prob) {
+    index_.prepare(window_, &found_);
     index_.gather(window_, &found_);
-    shares_.clear();
+    count_ = 0;
     ++epoch_;
+    // A share below `least` cannot enter the tree.
+    const float least = threshold() / prob;
     float rest = 1.0f;
-    const float least = std::max(kNegligible, threshold() / prob);
     for (int i = found_.count - 1; i >= 0 && rest > kNegligible; --i) {
-      // A token that no expert has named yet can get at most `rest`.
-      const bool newcomers = rest > least;
-      if (!newcomers && rest < 0.01f) break;
+      if (rest <= least && rest < kSettled) return;
       Expert& expert = found_.experts[i];
       index_.evaluate(&expert, found_, window_.scope);
       const float scale = rest * expert.gate / expert.total;
-      for (int j = 0; j < expert.count; ++j) add(expert.tokens[j], scale * expert.weights[j]);
       rest *= 1.0f - expert.gate;
+      for (int j = 0; j < expert.count; ++j) {
+        const float share = scale * expert.weights[j];
+        // What the experts below may add to a token is at most `rest`.
+        add(expert.tokens[j], share, share + rest > least);
+      }
     }
   }
 
-  void add(uint32_t token, float prob) {
+  void add(uint32_t token, float prob, bool newcomers) {
     for (size_t i = token * 2654435761u >> 22;; i = (i + 1) % kSlots) {
       if (slots_[i] >> 16 != epoch_) {
-        slots_[i] = epoch_ << 16 | static_cast<uint32_t>(shares_.size());
-        shares_.push_back({token, prob});
+        if (!newcomers) return;
+        slots_[i] = epoch_ << 16 | count_;
+        tokens_[count_] = token;
+        probs_[count_++] = prob;
         return;
       }
-      Share& share = shares_[slots_[i] & 0xFFFF];
-      if (share.token == token) {
-        share.prob += prob;
+      const uint32_t at = slots_[i] & 0xFFFF;
+      if (tokens_[at] == token) {
+        probs_[at] += prob;
         return;
       }
     }
@@ -139,8 +142,11 @@ class CorpusIndex::TreeBuilder {
   std::vector<int> depths_;
   std::vector<Candidate> candidates_;
   std::vector<float> best_;
-  std::vector<Share> shares_;
-  std::vector<uint32_t> slots_;  // epoch << 16 | index into shares_
+  // The blend: tokens named so far with their probabilities, found by token through slots_.
+  uint32_t tokens_[kSlots];
+  float probs_[kSlots];
+  uint32_t count_ = 0;
+  uint32_t slots_[kSlots] = {};  // epoch << 16 | index
   uint32_t epoch_ = 0;
   Gathered found_{};
 };

@@ -25,43 +25,45 @@ _MAX_ID = 2**31 - 1
 class CorpusDrafter(Drafter):
     """Drafts from the answers that this object has seen before, whatever model gave them.
 
-    Every context of the answer so far that occurred in an earlier answer predicts the next token: its last 1 to 24
-    tokens, the last tokens at this place of the answer, a context with a gap, the longest match. A context's
-    successors count the more the more recent they are, and the contexts are blended with gates learned from every
-    observed answer::
+    Every context of the answer so far that occurred in an earlier answer predicts the next token: its last 1 to
+    24 tokens, the last tokens at this place of the answer, the longest match. A context's successors count the
+    more the more recent they are, and the contexts are blended, from the least to the most specific, with gates
+    learned from every observed answer::
 
         p_k(token) = gate_k * q_k(token) + (1 - gate_k) * p_{k-1}(token)
 
-    The tree is grown best first by path probability, to the depth that ``state.remaining`` allows, and exists from
-    the first pass of an answer on. Answers to the same question count more than others. One object may serve any
-    number of calls and threads at once.
+    The tree is grown best first by path probability, to the depth that ``state.remaining`` allows, and exists
+    from the first pass of an answer on. Answers to the same question count more than others. One object may
+    serve any number of calls and threads at once.
 
     Args:
-        max_tokens: how many tokens of answers are kept, the oldest answers leaving first. At most about 100 bytes
-            of memory each.
+        max_tokens: how many tokens of answers are kept, the oldest answers leaving first. At most about 100
+            bytes of memory each.
 
     Raises:
         ValueError: ``max_tokens`` below 1 or above 2**31 - 1.
         RuntimeError: the native module ``specfuse._C_cpu`` was not built.
 
-    Source: Witten and Bell, "The zero-frequency problem", IEEE Transactions on Information Theory, 1991 (blending
-        of context lengths); Mahoney, "Adaptive weighing of context models for lossless data compression", 2005
-        (weights learned online).
+    Source: Witten and Bell, "The zero-frequency problem", IEEE Transactions on Information Theory, 1991
+        (blending of context lengths); Mahoney, "Adaptive weighing of context models for lossless data
+        compression", 2005 (weights learned online).
     """
 
     def __init__(self, max_tokens: int = 1_000_000):
         if not 1 <= max_tokens <= _MAX_ID:
             raise ValueError(f"max_tokens must be from 1 to {_MAX_ID}, got {max_tokens}")
         if native.cpu is None:
+            reason = native.missing.get("cpu", "not built")
             raise RuntimeError(
-                f"CorpusDrafter needs the native module specfuse._C_cpu ({native.missing.get('cpu', 'not built')}); "
-                "install a C++17 compiler and run `pip install -e .` again"
+                f"CorpusDrafter needs the native module specfuse._C_cpu ({reason}); install a C++17 compiler and "
+                "install specfuse again"
             )
         self._index: Any = native.cpu.CorpusIndex(max_tokens)
 
     # ---------------------------------------------------------------- drafting
 
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
+        """See :meth:`Drafter.propose`. Depth is limited to ``state.remaining - 1``: deeper tokens cannot be used."""
         known = state.memory.get(id(self))
         if known is None:
             hints = state.evidence or [None] * state.batch_size
@@ -125,6 +127,7 @@ class CorpusDrafter(Drafter):
 
     @property
     def max_tokens(self) -> int:
+        """How many tokens are kept at most."""
         return int(self._index.max_tokens)
 
     @property
@@ -145,8 +148,8 @@ class CorpusDrafter(Drafter):
     def load(self, path: str | PathLike[str]) -> CorpusDrafter:
         """Replaces the content by that of a file written by :meth:`save`; returns this object.
 
-        The answers are learned again in their order, so proposals are those of the drafter that was saved, unless
-        that one had already evicted answers. If the file holds more than ``max_tokens``, its newest answers stay.
+        The answers are learned again in their order, so proposals are those of the drafter that was saved,
+        unless that one had already evicted answers. Of more than ``max_tokens`` tokens the newest stay.
 
         Raises:
             ValueError: the file is not a saved CorpusDrafter or its arrays do not fit together.
