@@ -74,7 +74,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Keeps ``specfuse.generate`` the function: importing the submodule would otherwise put the module there."""
+    """Keeps ``specfuse.generate`` the function where importing the submodule would put the module."""
 
     @property
     def generate(self) -> Any:

@@ -1,7 +1,7 @@
 """The rows being written: emitted tokens, when a row is finished, what the streamer sees.
 
-Follows ``model.generate`` to the token: end-of-sequence ids, maximum length and every stopping criterion are looked
-at after each token, and a finished row is padded.
+Follows ``model.generate`` to the token: end-of-sequence ids, maximum length and every stopping criterion are
+looked at after each token, and a finished row is padded.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class Answers:
 
     @property
     def running(self) -> list[bool]:
-        """Rows that still emit. Without an end-of-sequence id Hugging Face lets finished rows run on to the last."""
+        """Rows that still emit.
+
+        Without an end-of-sequence id Hugging Face lets finished rows run on until the last one finishes.
+        """
         if self.has_eos:
             return [not done for done in self.finished]
         goal = self.width
@@ -78,7 +81,8 @@ class Answers:
     def append(self, row: int, tokens: list[int], width: int) -> int:
         """Adds the tokens of one pass; returns how many were added.
 
-        A row takes them up to where it finishes, a finished one that runs on (see ``running``) up to ``width``.
+        A row takes them up to where it finishes, a finished one that runs on (see ``running``) up to
+        ``width``.
         """
         for count, token in enumerate(tokens, start=1):
             self.answers[row].append(token)

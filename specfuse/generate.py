@@ -3,9 +3,9 @@
     drafter proposes a tree -> the target scores the tree in one pass -> verify picks the surviving path
     -> the cache keeps that path -> repeat
 
-``model.generate`` prepares everything it always prepares (generation config, logits processors, stopping criteria,
-inputs) and hands over to :meth:`SpeculativeGenerator._decode` through its ``custom_generate`` hook, so that every
-argument means here what it means there.
+``model.generate`` prepares everything it always prepares (generation config, logits processors, stopping
+criteria, inputs) and hands over to :meth:`SpeculativeGenerator._decode` through its ``custom_generate``
+hook, so that every argument means here what it means there.
 """
 
 from __future__ import annotations
@@ -45,19 +45,21 @@ def generate(
 
     Args:
         model: a Hugging Face decoder-only model, e.g. ``VideoLlavaForConditionalGeneration``.
-        drafter: ``"auto"`` (a :class:`CorpusDrafter` kept for this model object, together with prompt lookup: the
-            more it has answered, the faster it answers), a :class:`Drafter`, or None for plain decoding.
+        drafter: ``"auto"`` (a :class:`CorpusDrafter` kept for this model object, together with prompt
+            lookup: the more it has answered, the faster it answers), a :class:`Drafter`, or None for plain
+                decoding.
         max_nodes: drafted tokens that one pass may verify per row.
-        seed: for sampling: an int (row b uses ``seed + b``) or B ints. The same seed gives the same tokens with any
-            drafter, None included. None draws one from torch's default generator.
+        seed: for sampling: an int (row b uses ``seed + b``) or B ints. The same seed gives the same tokens
+            with any drafter, None included. None draws one from torch's default generator.
         draft_inputs: inputs for the drafter alone (its own prompt, its own pixels), where it takes any.
-        evidence: per row, token ids of another model's answer to the same question, or None; a hint to drafters.
-        **kwargs: everything ``model.generate`` takes: model inputs, ``generation_config`` and its fields, logits
-            processors, stopping criteria, ``streamer``, ``tokenizer`` ...
+        evidence: per row, token ids of another model's answer to the same question, or None; a hint to
+            drafters.
+        **kwargs: everything ``model.generate`` takes: model inputs, ``generation_config`` and its fields,
+            logits processors, stopping criteria, ``streamer``, ``tokenizer`` ...
 
     Returns:
-        ``[B, P + T]`` int64 sequences, or a ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate=True``,
-        whose attribute ``stats`` is a :class:`GenerationStats`.
+        ``[B, P + T]`` int64 sequences, or a ``GenerateDecoderOnlyOutput`` with
+        ``return_dict_in_generate=True``, whose attribute ``stats`` is a :class:`GenerationStats`.
 
     Raises:
         ValueError: an argument that can not be honoured (beams, contrastive search, ...); names it.
@@ -78,8 +80,8 @@ def custom_generate(
 ) -> Callable[..., GenerateDecoderOnlyOutput | Tensor]:
     """The one-line drop-in: ``model.generate(..., custom_generate=specfuse.custom_generate(drafter))``.
 
-    Arguments as for :func:`generate`. Hugging Face does not hand ``streamer`` and ``tokenizer`` on to a callable
-    ``custom_generate``: give the streamer here, and use :func:`generate` for stop strings.
+    Arguments as for :func:`generate`. Hugging Face does not hand ``streamer`` and ``tokenizer`` on to a
+    callable ``custom_generate``: give the streamer here, and use :func:`generate` for stop strings.
     """
 
     def decode(

@@ -1,7 +1,8 @@
-"""The preallocated KV cache under a speculative loop: prefix and tree share one buffer, nothing is ever re-copied.
+"""The preallocated KV cache of a speculative loop: prefix and tree share one buffer, nothing is re-copied.
 
-Rows are ragged: row b holds ``lengths[b]`` committed slots; the nodes of the current tree lie right behind them.
-Committing moves the accepted path to the front of those nodes (``compact_kv``) and advances ``lengths``.
+Rows are ragged: row b holds ``lengths[b]`` committed slots; the nodes of the current tree lie right behind
+them. Committing moves the accepted path to the front of those nodes (``compact_kv``) and advances
+``lengths``.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class TreeCache(Cache):
             layer.pending = 0
 
     def keep_path(self, path: Tensor, length: Tensor, root_slots: list[int]) -> None:
-        """Moves the accepted nodes of every row behind its root: node path[b, i] to slot root_slots[b] + i."""
+        """Moves each row's accepted nodes behind its root: node path[b, i] to slot root_slots[b] + i."""
         buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
         start = torch.tensor(root_slots, dtype=torch.int32, device=path.device)
         compact_kv(buffers, path, length, start)

@@ -155,7 +155,7 @@ class GenerationRun:
         return output
 
     def _columns(self, rows: list[list[Tensor]], padding: bool) -> tuple[Tensor, ...]:
-        """Per-row lists -> a tuple of [B, V], one per emitted column. A finished row's filler is the certain pad."""
+        """Per-row lists -> a tuple of [B, V], one per column. A finished row is certain of its padding."""
         example = next(row[0] for row in rows if row)
         filler = torch.zeros_like(example)
         if padding:

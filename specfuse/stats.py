@@ -12,15 +12,15 @@ class GenerationStats:
     """Counts and times of one call.
 
     Args:
-        passes: forward passes of the target, the prefill included, counted once per row that took part: the number
-            a row-by-row plain decoder would have to beat. For B = 1 simply the number of passes.
+        passes: forward passes of the target, the prefill included, counted once per row that took part: the
+            number a row-by-row plain decoder would have to beat. For B = 1 simply the number of passes.
         tokens: emitted tokens, all rows.
         drafted: drafted nodes that were verified, all rows.
         emitted_histogram: how often a pass of a row emitted 1, 2, 3, ... tokens.
         prefill_ms: wall time of the first pass (vision tower included).
         draft_ms: wall time spent proposing.
-        verify_ms: wall time of the target's passes after the first, including the choice of the path. On a GPU the
-            time is seen where the host waits for the result, which is inside this part.
+        verify_ms: wall time of the target's passes after the first, including the choice of the path. On a
+            GPU the time is seen where the host waits for the result, which is inside this part.
         commit_ms: wall time of keeping the path, stopping criteria and streaming.
     """
 

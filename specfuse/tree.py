@@ -25,10 +25,12 @@ class TokenTree(NamedTuple):
     """A batch of token trees, stored flat, parents before children.
 
     Args:
-        tokens: ``[B, N]`` int64 token ids; ``tokens[:, 0]`` is the root. Anything after ``num_nodes`` is padding.
+        tokens: ``[B, N]`` int64 token ids; ``tokens[:, 0]`` is the root. Anything after ``num_nodes`` is
+            padding.
         parents: ``[B, N]`` int32 index of each node's parent, smaller than the node's own; -1 at the root.
         num_nodes: ``[B]`` int32 nodes in each tree, root included; 0 for a row that takes no part.
-        probs: ``[B, N]`` float32, the drafter's probability that the node is reached (1 at the root), or None.
+        probs: ``[B, N]`` float32, the drafter's probability that the node is reached (1 at the root), or
+            None.
     """
 
     tokens: Tensor
@@ -68,7 +70,7 @@ class TokenTree(NamedTuple):
 
     @classmethod
     def from_chains(cls, roots: Sequence[int], chains: Sequence[Sequence[int]]) -> TokenTree:
-        """One chain of drafted tokens behind each root. ``roots`` has B token ids, ``chains`` B token lists."""
+        """One chain of drafted tokens behind each root: B token ids, B lists of token ids."""
         _same_length("chains", chains, roots)
         tokens = [[root, *chain] for root, chain in zip(roots, chains, strict=True)]
         return cls.from_parents(tokens, [list(range(-1, len(row) - 1)) for row in tokens])
@@ -79,8 +81,8 @@ class TokenTree(NamedTuple):
 
         Args:
             roots: B root token ids.
-            levels: for each depth d = 1, 2, ... an int64 tensor ``[B, n_{d-1}, k_d]``: the k_d children of each of
-                the n_{d-1} nodes of the level above (n_0 = 1), in the order of that level.
+            levels: for each depth d = 1, 2, ... an int64 tensor ``[B, n_{d-1}, k_d]``: the k_d children of
+                each of the n_{d-1} nodes of the level above (n_0 = 1), in the order of that level.
 
         Raises:
             ValueError: if a level's shape does not follow from the one above, or siblings repeat a token.
@@ -196,7 +198,7 @@ class TokenTree(NamedTuple):
         return self.depths() + root_positions.to(self.tokens.device, torch.int64)[:, None]
 
     def ancestor_mask(self) -> Tensor:
-        """``[B, N, N]`` bool: ``mask[b, i, j]`` iff j is i or an ancestor of i. Padding rows see only themselves."""
+        """``[B, N, N]`` bool: ``mask[b, i, j]`` iff j is i or an ancestor of i. Padding sees only itself."""
         batch, width = self.tokens.shape
         mask = np.zeros((batch, width, width), dtype=np.bool_)
         for rows, parents, count in zip(mask, self.parents.tolist(), self.num_nodes.tolist(), strict=True):
@@ -235,8 +237,9 @@ class TokenTree(NamedTuple):
         """Checks the layout.
 
         Raises:
-            ValueError: wrong dtype or shape, ``num_nodes`` out of range, a root that has a parent, a parent that is
-                missing or stands behind its child, a cycle, or siblings that repeat a token. Names row and node.
+            ValueError: wrong dtype or shape, ``num_nodes`` out of range, a root that has a parent, a parent
+                that is missing or stands behind its child, a cycle, or siblings that repeat a token. Names
+                row and node.
         """
         self._validate_tensors()
         rows = zip(self.tokens.tolist(), self.parents.tolist(), self.num_nodes.tolist(), strict=True)

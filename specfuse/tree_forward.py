@@ -1,7 +1,7 @@
 """Forward passes of one Hugging Face model over token trees, on one preallocated cache.
 
-This is the only file that knows how a Hugging Face decoder wants masks, positions and inputs. The target's loop and
-ModelDrafter both run on it.
+This is the only file that knows how a Hugging Face decoder wants masks, positions and inputs. The target's
+loop and ModelDrafter both run on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from transformers import Cache, PreTrainedModel
 from specfuse.kv_cache import TreeCache
 from specfuse.tree import TokenTree
 
-# The prefill's dense [P + n, P + n] mask stays below 64 MB of bool; longer prompts are prefilled without a tree.
+# The prefill's dense [P + n, P + n] mask stays below 64 MB of bool; longer prompts are prefilled without a
+# tree.
 MAX_MASKED_PREFILL = 8192
 
 
@@ -28,12 +29,12 @@ class TreeForward:
         model: any Hugging Face decoder-only model with a language-model head, in eval mode.
         batch_size: B.
         capacity: slots to reserve per row (prompt + answer + tree).
-        max_position: highest position id the model may be given; deeper tree nodes are clamped to it (they can
-            not be emitted any more).
+        max_position: highest position id the model may be given; deeper tree nodes are clamped to it (they
+            can not be emitted any more).
 
     Raises:
-        ValueError: an encoder-decoder model, an attention implementation that takes no tree mask, layer types other
-            than full and sliding attention, or a forward without ``position_ids``.
+        ValueError: an encoder-decoder model, an attention implementation that takes no tree mask, layer
+            types other than full and sliding attention, or a forward without ``position_ids``.
     """
 
     def __init__(
@@ -63,14 +64,15 @@ class TreeForward:
         """Runs the prompt, with a first draft tree behind it where one is given.
 
         Args:
-            inputs: ``input_ids [B, P]`` or ``inputs_embeds [B, P, D]`` and the model's other inputs (pixels ...).
+            inputs: ``input_ids [B, P]`` or ``inputs_embeds [B, P, D]`` and the model's other inputs (pixels
+                ...).
             prompt_mask: ``[B, P]`` with 0 at left padding, or None for no padding.
             tree: its root is the last prompt token; nodes 1 .. N-1 ride behind the prompt in the same pass.
             past: KV of the first tokens of the prompt, already computed.
 
         Returns:
-            logits ``[B, N, V]`` of the tree's nodes (N = 1, the last prompt token, without a tree). Afterwards the
-            cache is committed up to, not including, the root.
+            logits ``[B, N, V]`` of the tree's nodes (N = 1, the last prompt token, without a tree).
+            Afterwards the cache is committed up to, not including, the root.
         """
         ids: Tensor = inputs["input_ids"]
         embeds: Tensor | None = inputs.get("inputs_embeds")
@@ -103,8 +105,8 @@ class TreeForward:
         Args:
             tokens: ``[B, q]`` int64.
             positions: ``[B, q]`` int64 position ids.
-            tail_mask: ``[B, q, t + q]`` bool: which of the t pending and q new nodes each new node sees. None: each
-                row has one node, nothing is pending.
+            tail_mask: ``[B, q, t + q]`` bool: which of the t pending and q new nodes each new node sees.
+                None: each row has one node, nothing is pending.
 
         Returns:
             logits ``[B, q, V]``.
@@ -123,7 +125,7 @@ class TreeForward:
         return self.forward(tree.tokens, tree.positions(root_positions), tree.ancestor_mask())
 
     def commit(self, path: Tensor, length: Tensor, lengths: list[int]) -> None:
-        """Keeps the accepted path of the last tree (``lengths`` is ``length`` on the host), forgets the rest."""
+        """Keeps the first ``lengths[b]`` nodes of each accepted path of the last tree, forgets the rest."""
         slots = self.cache.lengths
         if self.cache.pending > 1 or any(count > 1 for count in lengths):
             self.cache.keep_path(path, length, slots)
@@ -213,7 +215,7 @@ class TreeForward:
         return key_positions.scatter(1, slots, self._tail_positions)
 
     def _finish_mask(self, mask: Tensor, query_positions: Tensor, key_positions: Tensor | None) -> Any:
-        """[B, q, k] bool -> what the model's attention takes: 4-D, additive for eager, a dict where layers differ."""
+        """[B, q, k] bool -> what attention takes: 4-D, additive for eager, a dict where layers differ."""
         full = self._as_attention_mask(mask)
         if not self.layout.windowed:
             return full

@@ -97,8 +97,8 @@ class TokenChoice:
 class RowPrefixConstraint:
     """PrefixConstrainedLogitsProcessor that is asked about chosen rows only.
 
-    The user's function may raise for a prefix that is not its row's own, so rows that are not being decided at
-    this length must not reach it.
+    The user's function may raise for a prefix that is not its row's own, so rows that are not being decided
+    at this length must not reach it.
     """
 
     def __init__(self, processor: PrefixConstrainedLogitsProcessor):
@@ -127,8 +127,8 @@ def verify(
         tree: the trees the target just scored (``num_nodes`` 0 for rows that take no part).
         choice: how tokens are picked.
         positions: ``[B]`` int64 absolute position of each root, padding not counted.
-        sequences: per row the tokens up to and including the root, left padding included: what logits processors
-            are shown. Only read when there are processors.
+        sequences: per row the tokens up to and including the root, left padding included: what logits
+            processors are shown. Only read when there are processors.
 
     Raises:
         FloatingPointError: a visited node has no distribution (NaN, all -inf, or +inf when sampling).
@@ -144,8 +144,8 @@ def check_distributions(next_tokens: list[int], lengths: list[int]) -> None:
     for row, (token, length) in enumerate(zip(next_tokens, lengths, strict=True)):
         if length and token < 0:
             raise FloatingPointError(
-                f"row {row}: the model's logits hold NaN, only -inf, or (sampling) +inf after {length - 1} accepted "
-                "drafts; no token can be chosen from them"
+                f"row {row}: the model's logits hold NaN, only -inf, or (sampling) +inf after {length - 1}
+                accepted " "drafts; no token can be chosen from them"
             )
 
 
@@ -205,8 +205,8 @@ def _process(
 ) -> Tensor:
     """Runs the processors for some rows of the batch, ``[len(active), V]`` -> the same.
 
-    Processors may hold one entry per row of the batch (padding lengths, encoder ids), so they are always called
-    with a full batch; rows of other lengths ride along as filler and their result is dropped.
+    Processors may hold one entry per row of the batch (padding lengths, encoder ids), so they are always
+    called with a full batch; rows of other lengths ride along as filler and their result is dropped.
     """
     assert processors is not None
     out = torch.empty_like(row_logits)

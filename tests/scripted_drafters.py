@@ -1,4 +1,4 @@
-"""Drafters for the tests: one that knows the answer and surrounds it with wrong branches, one that knows nothing."""
+"""Drafters for the tests: some know the answer and surround it with wrong branches, one knows nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drafters keep the protocol: valid trees within the budget, rooted at the last token, and useful where they can be."""
+"""Drafters keep the protocol: valid trees within the budget, rooted at the last token, useful where they can."""
 
 from __future__ import annotations
 

@@ -213,7 +213,8 @@ def test_layers_with_and_without_a_window():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_eager_attention(name):
-    # fp32: with left padding, transformers' eager attention computes NaN in fp64 (its mask value overflows in softmax).
+    # fp32: with left padding, transformers' eager attention computes NaN in fp64 (its mask value overflows
+    # in softmax).
     model = MODELS[name](seed=4)
     model.set_attn_implementation("eager")
     inputs = inputs_for(name, model, 2)
@@ -334,7 +335,7 @@ def test_a_text_model_drafts_for_a_video_model():
 
 
 def test_bf16_differs_from_generate_only_at_near_ties():
-    """In bf16 a tree pass rounds differently from single steps; where the answers part, two logits were as good as equal."""
+    """In bf16 a tree pass rounds differently; where the answers part, two logits were as good as equal."""
     parted = 0
     for seed in range(6):
         model = tiny_llama(seed=seed, dtype=torch.bfloat16, eos=False)

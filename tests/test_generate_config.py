@@ -34,7 +34,7 @@ def character_tokenizer(vocab: int = 128) -> PreTrainedTokenizerFast:
 
 
 def run(model, inputs, expected=None, max_nodes=16, **kwargs):
-    """Speculates with an oracle that knows ``expected`` (or with a wrong one), so that trees are really accepted."""
+    """Speculates with an oracle that knows ``expected``, so that trees are really accepted."""
     length = inputs["input_ids"].shape[1]
     batch = inputs["input_ids"].shape[0]
     answers = [[3]] * batch if expected is None else expected[:, length:].tolist()
@@ -328,7 +328,7 @@ def test_bad_arguments(arguments, message):
 
 def test_stop_strings_need_a_tokenizer():
     model = tiny_llama(seed=0)
-    with pytest.raises(ValueError, match="stop_strings=.* tokenizer"):
+    with pytest.raises(ValueError, match=r"stop_strings=.* tokenizer"):
         specfuse.generate(model, None, **random_prompts(model, 1), stop_strings=["x"])
 
 

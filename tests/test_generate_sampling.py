@@ -1,4 +1,4 @@
-"""Sampling: the same seed gives the same tokens with any drafter, and the distribution is that of model.generate."""
+"""Sampling: a seed gives the same tokens with any drafter; the distribution is that of model.generate."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def _replaced(choice: TokenChoice, **changes) -> TokenChoice:
 
 
 def _separate_coins(choice, logits, tree, positions, seeds):
-    """Accepts each drafted child with the target's probability of it, by a coin of its own: a classic mistake."""
+    """Accepts each drafted child by a coin of its own: a classic mistake."""
     from specfuse.ops.verify_tree import AcceptedPath
 
     generator = torch.Generator().manual_seed(int(seeds[0]))

@@ -129,7 +129,10 @@ def tree_of(tokens, parents, num_nodes=None) -> TokenTree:
         (tree_of([0, 1], [-1, 7]), r"parents\[0, 1\] = 7 is not a node"),
         (tree_of([0, 1], [-1, -1]), r"parents\[0, 1\] = -1 is not a node"),
         (tree_of([0, 1], [-1, 0], num_nodes=3), r"num_nodes\[0\] = 3 is outside"),
-        (tree_of([0], [-1])._replace(tokens=torch.zeros(1, 1)), "tokens must be torch.int64, got torch.float32"),
+        (
+            tree_of([0], [-1])._replace(tokens=torch.zeros(1, 1)),
+            "tokens must be torch.int64, got torch.float32",
+        ),
         (tree_of([0], [-1])._replace(parents=torch.tensor([[-1]])), "parents must be torch.int32"),
         (tree_of([0], [-1])._replace(num_nodes=torch.ones(2, dtype=torch.int32)), r"num_nodes must be \[1\]"),
         (tree_of([0], [-1])._replace(tokens=torch.zeros(1, dtype=torch.int64)), r"tokens must be \[B, N\]"),

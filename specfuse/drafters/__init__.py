@@ -1,4 +1,4 @@
-"""Drafters: anything cheap that proposes trees of tokens. They may import ops and tree_forward, never generate."""
+"""Drafters: anything cheap that proposes trees of tokens. They never import the generation loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ _AUTO_LOCK = threading.Lock()
 def auto_drafter(model: Any) -> CombinedDrafter:
     """The drafter that ``drafter="auto"`` uses for this model object, made at its first use and kept with it.
 
-    Its parts are ``.drafters[0]``, the :class:`CorpusDrafter` (``save``, ``load``, ``clear``), and prompt lookup.
+    Its parts are ``.drafters[0]``, the :class:`CorpusDrafter` (``save``, ``load``, ``clear``), and prompt
+    lookup.
     """
     with _AUTO_LOCK:
         drafter = _AUTO.get(model)

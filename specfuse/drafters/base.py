@@ -26,8 +26,9 @@ class DraftState:
         draft_inputs: inputs meant for the drafter alone, where the caller gave some; else None.
         vocab_size: the target's vocabulary; ids at or above it can never be accepted.
         evidence: per row, another model's answer to the same question, or None.
-        choice: how the target picks tokens (a ``specfuse.verify.TokenChoice``), or None; a drafter with logits of its
-            own can pick with the same noise, so that its sampled drafts agree with the target as often as possible.
+        choice: how the target picks tokens (a ``specfuse.verify.TokenChoice``), or None; a drafter with
+            logits of its own can pick with the same noise, so that its sampled drafts agree with the target
+            as often as possible.
         memory: private data a drafter keeps for the length of this call, keyed by the drafter object's id.
     """
 
@@ -48,7 +49,7 @@ class DraftState:
         return len(self.prompts)
 
     def root(self, row: int) -> int:
-        """The last committed token of a row: the root of its next tree (0 for a prompt given as embeddings)."""
+        """The last committed token of a row, root of its next tree (0 behind a prompt of embeddings)."""
         if self.answers[row]:
             return self.answers[row][-1]
         return self.prompts[row][-1] if self.prompts[row] else 0
@@ -66,7 +67,7 @@ class Drafter:
     """
 
     needs_target: bool = False
-    """True for a drafter that needs the target's prefill first (its hidden states); it then gets no first tree."""
+    """True for a drafter that needs the target's prefill first (hidden states): it gets no first tree."""
 
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
         """Trees for all B rows, on the CPU.
@@ -76,13 +77,14 @@ class Drafter:
             max_nodes: budget of drafted nodes per row, the root not counted.
 
         Returns:
-            TokenTree with ``width <= max_nodes + 1``; node 0 of row b is ``state.root(b)``; a row with nothing to
-            propose, or not ``active``, has only its root. ``probs`` where the drafter has an estimate.
+            TokenTree with ``width <= max_nodes + 1``; node 0 of row b is ``state.root(b)``; a row with
+            nothing to propose, or not ``active``, has only its root. ``probs`` where the drafter has an
+            estimate.
         """
         raise NotImplementedError
 
     def observe(self, tokens: Sequence[int], question: Sequence[int] = ()) -> None:
-        """Called once with every finished answer (its token ids) and its question. Learns nothing by default."""
+        """Called once with every finished answer (token ids) and its question. Learns nothing by default."""
 
 
 def root_only(state: DraftState) -> TokenTree:

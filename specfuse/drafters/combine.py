@@ -16,9 +16,12 @@ _MEMORY = 4096.0
 class CombinedDrafter(Drafter):
     """Merges the trees of several drafters and keeps the nodes most likely to be reached.
 
-    The expected number of tokens a tree gains is the sum of its nodes' probabilities, so the best tree of a given
-    size holds the most probable nodes. Each drafter's probabilities are first calibrated by what came true before:
-    per drafter, the hit rate of drafted children by their claimed conditional probability, learned while running.
+    The expected number of tokens a tree gains is the sum of its nodes' probabilities, so the best tree of a
+    given size holds the most probable nodes. Each drafter's probabilities are first calibrated by what came
+    true
+    before: per drafter, the hit rate of drafted children by their claimed conditional probability, learned
+        while
+    running.
 
     Args:
         drafters: at least one; a drafter without probabilities is taken to be certain, until calibrated.

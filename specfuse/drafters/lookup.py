@@ -7,7 +7,8 @@ from collections import defaultdict
 from specfuse.drafters.base import Drafter, DraftState
 from specfuse.tree import TokenTree
 
-# Chance that the next token repeats after a match of n tokens, before anything is known; CombinedDrafter calibrates.
+# Chance that the next token repeats after a match of n tokens, before anything is known; CombinedDrafter
+# calibrates.
 _PRIOR = {1: 0.25, 2: 0.5, 3: 0.65}
 _LONG_MATCH = 0.8
 

@@ -1,4 +1,4 @@
-"""ModelDrafter: any Hugging Face causal or video language model drafts, with inputs of its own where it has them."""
+"""ModelDrafter: any Hugging Face causal or video language model drafts, with its own inputs where given."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _RESERVED_ANSWER = 1024
 class ModelDrafter(Drafter):
     """Drafts with a smaller model that shares the target's vocabulary.
 
-    The model sees its own inputs where there are some (``inputs`` here, or ``draft_inputs=`` of the call), else the
-    target's, pixels included: a video language model drafting for another one sees the video. A text-only model
-    gets the prompt without the placeholders of the video. Under sampling it picks with the target's own noise, so
-    a good draft model agrees with the target as often as the two distributions allow.
+    The model sees its own inputs where there are some (``inputs`` here, or ``draft_inputs=`` of the call),
+    else the target's, pixels included: a video language model drafting for another one sees the video. A
+    text-only model gets the prompt without the placeholders of the video. Under sampling it picks with the
+    target's own noise, so a good draft model agrees with the target as often as the two distributions allow.
 
     Args:
         model: a Hugging Face decoder-only model whose token ids mean what the target's mean.
@@ -79,7 +79,7 @@ class ModelDrafter(Drafter):
         logits: Tensor,
         state: DraftState,
     ) -> list[list[int]]:
-        """Gives every frontier node its children; returns the new frontier, the best ``branching`` of them."""
+        """Gives every frontier node its children; returns the best ``branching`` of them, the new frontier."""
         width = min(self.branching, logits.shape[-1])
         chances, tokens = logits.float().softmax(-1).topk(width, dim=-1)
         sampled = self._sampled(draft, logits, state) if self._samples(state) else None
@@ -89,7 +89,8 @@ class ModelDrafter(Drafter):
             for i, node in enumerate(frontier[b]):
                 row = list(zip(tokens[b, i].tolist(), chances[b, i].tolist(), strict=True))
                 if sampled is not None:
-                    # The token that the target would pick if the models agreed; the rest are its alternatives.
+                    # The token that the target would pick if the models agreed; the rest are its
+                    # alternatives.
                     pick = sampled[b][i]
                     row = [(pick, row[0][1]), *(pair for pair in row if pair[0] != pick)][:width]
                 new += [tree.add(node, token, chance) for token, chance in row]
@@ -117,7 +118,7 @@ class ModelDrafter(Drafter):
 
 
 class _Draft:
-    """The draft model's cache for one request: the prompt, the committed answer, then the tree being grown."""
+    """The draft model's cache for one request: prompt, committed answer, then the tree being grown."""
 
     def __init__(self, model: PreTrainedModel, inputs: dict[str, Any], state: DraftState):
         ids, mask = inputs["input_ids"], inputs.pop("attention_mask", None)
