@@ -59,8 +59,8 @@ def check_config(config: GenerationConfig) -> None:
         _check_field(name, getattr(config, name, None))
     if (config.num_return_sequences or 1) > 1 and not config.do_sample:
         raise ValueError(
-            f"num_return_sequences={config.num_return_sequences} needs do_sample=True: greedy answers are all
-            the same"
+            f"num_return_sequences={config.num_return_sequences} needs do_sample=True: "
+            "greedy answers are all the same"
         )
 
 

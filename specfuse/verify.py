@@ -144,8 +144,8 @@ def check_distributions(next_tokens: list[int], lengths: list[int]) -> None:
     for row, (token, length) in enumerate(zip(next_tokens, lengths, strict=True)):
         if length and token < 0:
             raise FloatingPointError(
-                f"row {row}: the model's logits hold NaN, only -inf, or (sampling) +inf after {length - 1}
-                accepted " "drafts; no token can be chosen from them"
+                f"row {row}: the model's logits hold NaN, only -inf, or (sampling) +inf after "
+                f"{length - 1} accepted drafts; no token can be chosen from them"
             )
 
 

@@ -1,4 +1,4 @@
-"""Drafters keep the protocol: valid trees within the budget, rooted at the last token, useful where they can."""
+"""Drafters keep the protocol: valid trees within the budget, rooted at the last committed token."""
 
 from __future__ import annotations
 

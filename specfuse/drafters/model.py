@@ -79,7 +79,7 @@ class ModelDrafter(Drafter):
         logits: Tensor,
         state: DraftState,
     ) -> list[list[int]]:
-        """Gives every frontier node its children; returns the best ``branching`` of them, the new frontier."""
+        """Gives every frontier node its children; the best ``branching`` of them are the new frontier."""
         width = min(self.branching, logits.shape[-1])
         chances, tokens = logits.float().softmax(-1).topk(width, dim=-1)
         sampled = self._sampled(draft, logits, state) if self._samples(state) else None
