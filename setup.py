@@ -13,6 +13,7 @@ Environment:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -82,18 +83,33 @@ def find_ninja() -> str:
     raise BuildSkipped("ninja not found")
 
 
+def find_pybind11() -> tuple[Path, str]:
+    """Returns the include directory of pybind11 and its version."""
+    try:
+        import pybind11
+
+        return Path(pybind11.get_include()), pybind11.__version__
+    except ImportError:
+        pass
+    # torch brings a copy of pybind11's headers: enough for `setup.py build_ext` on a machine without network.
+    torch = importlib.util.find_spec("torch")
+    include = Path(torch.origin).parent / "include" if torch and torch.origin else None
+    if include and (include / "pybind11" / "pybind11.h").exists():
+        return include, "of-torch"
+    raise BuildSkipped("pybind11 not found (pip install pybind11)")
+
+
 def find_headers() -> list[Path]:
     """Returns the include directories of Python and pybind11."""
     python = Path(sysconfig.get_path("include"))
     if not (python / "Python.h").exists():
         raise BuildSkipped(f"Python.h not found in {python} (install the Python development headers)")
-    import pybind11
-
+    include, version = find_pybind11()
     # An isolated build installs pybind11 into a new temporary directory each time; a copy beside the objects
     # keeps its path and file times, and with them the incremental build.
-    copy = ROOT / "build" / f"pybind11-{pybind11.__version__}"
+    copy = ROOT / "build" / f"pybind11-{version}"
     if not copy.exists():
-        shutil.copytree(pybind11.get_include(), copy)
+        shutil.copytree(include / "pybind11", copy / "pybind11")
     return [python, copy]
 
 
