@@ -14,6 +14,7 @@ namespace specfuse {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr Cut kKeepAll{-kInfinity, -1};  // -inf is an impossible token: never inside
 
 struct Candidate {
@@ -21,6 +22,11 @@ struct Candidate {
   int64_t id;
   double weight;
 };
+
+// Finite also for the smallest temperatures, so that 0 stays 0.
+float inverse(double temperature) {
+  return static_cast<float>(std::min(1.0 / temperature, double{kLargest}));
+}
 
 bool precedes(const Candidate& a, const Candidate& b) {
   return a.value != b.value ? a.value > b.value : a.id < b.id;
@@ -130,16 +136,15 @@ class Row {
 
   // Keeps a token if the mass strictly before it is below top_p of the mass inside `within`.
   Cut top_p_cut(double top_p, double temperature, Cut within) {
-    const float inverse_temperature =
-        static_cast<float>(std::min<double>(1.0 / temperature, std::numeric_limits<float>::max()));
-    double total = passes_.exp_mass(x_, p_.V, max_, inverse_temperature, within);
-    // The fast sum is good to about 1e-6. A boundary closer than this is decided by the exact one.
-    double tolerance = 1e-5 * total;
+    double total = passes_.exp_mass(x_, p_.V, max_, inverse(temperature), within);
+    // A weight at distance d from the largest is off by at most 2e-7 (d + 1), and the mean distance is at
+    // most log(V / total). A boundary closer than that to a token's edge is decided by the exact sum.
+    const double tolerance = total * (2.5e-7 * std::log(p_.V / total) + 4e-7);
     Cut cut = within;
-    if (!nucleus(top_p * total, tolerance, temperature, within, &cut)) {
+    if (!nucleus(top_p * total, total, tolerance, temperature, within, &cut)) {
       collect(within.value);
       total = weigh(temperature);
-      nucleus(top_p * total, 0.0, temperature, within, &cut);
+      select(0.0, top_p * total, 0.0, &cut);
     }
     return cut;
   }
@@ -150,18 +155,36 @@ class Row {
     return mass;
   }
 
-  // Finds the last token whose preceding mass is below `target`, looking at the largest tokens first; false
-  // where the boundary lies within `tolerance` of a token's edge.
-  bool nucleus(double target, double tolerance, double temperature, Cut within, Cut* cut) {
+  // Finds the last token whose preceding mass is below `target`: among the largest tokens where they hold
+  // enough mass, else in the one bin of a mass histogram where the boundary lies. False where that is within
+  // `tolerance` of a token's edge.
+  bool nucleus(double target, double total, double tolerance, double temperature, Cut within, Cut* cut) {
     const auto chunks = static_cast<int64_t>(maxima_.size());
-    for (int64_t m = 32;; m *= 16) {
-      const bool all = m >= chunks;
-      collect(all ? within.value : std::max(within.value, mth_chunk_maximum(m)));
-      const double mass = weigh(temperature);
-      if (all || mass > target + 2.0 * tolerance) break;
+    // After top-k there are few tokens to look at.
+    const bool all = chunks <= 32 || within.value > -kInfinity;
+    collect(all ? within.value : mth_chunk_maximum(32));
+    if (weigh(temperature) > target + 2.0 * tolerance || all) return select(0.0, target, tolerance, cut);
+    // Tokens lighter than (total - target) / V all lie beyond the boundary: the histogram ends there.
+    const double reach = temperature * std::log(p_.V / (total - target));
+    const auto bins_per_unit = static_cast<float>(std::min(kMassBins / reach, double{kLargest}));
+    bins_.assign(kMassBins, 0.0);
+    passes_.mass_histogram(x_, p_.V, max_, inverse(temperature), within, bins_per_unit, bins_.data());
+    double before = 0.0;
+    int bin = 0;
+    while (bin < kMassBins - 1 && before + bins_[bin] < target) before += bins_[bin++];
+    candidates_.clear();
+    for (int64_t i = 0; i < p_.V; ++i) {
+      if (mass_bin(x_[i], max_, bins_per_unit) != bin || x_[i] < within.value || x_[i] == -kInfinity)
+        continue;
+      candidates_.push_back({x_[i], i, weight(x_[i], temperature)});
     }
+    return !candidates_.empty() && target - before >= tolerance && select(before, target, tolerance, cut);
+  }
+
+  // Quickselect by mass among the candidates, which `before` precedes.
+  bool select(double before, double target, double tolerance, Cut* cut) {
     size_t low = 0, high = candidates_.size();
-    double before = 0.0, kept_before = 0.0;
+    double kept_before = before;
     Candidate kept = candidates_[0];
     while (low < high) {
       const auto begin = candidates_.begin() + low, end = candidates_.begin() + high;
@@ -207,6 +230,7 @@ class Row {
   std::vector<float> values_, maxima_, sorted_maxima_;
   std::vector<uint16_t> halves_;
   std::vector<Candidate> candidates_;
+  std::vector<double> bins_;
   const RowPasses& passes_;
   const float* x_ = nullptr;
   float max_ = 0.0f;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
@@ -131,6 +132,16 @@ SPECFUSE_INLINE bool any_candidate(const uint32_t* words, const float* weights, 
   return found != 0;
 }
 
+SPECFUSE_INLINE void mass_histogram_body(const float* x, int64_t V, float max, float inverse_temperature,
+                                         Cut cut, float bins_per_unit, double* bins) {
+  float weights[kStep], buffer[kStep];
+  for (int64_t base = 0; base < V; base += kStep) {
+    const float* step = step_at(x, base, V, buffer);
+    step_weights(step, base, max, inverse_temperature, cut, weights);
+    for (int i = 0; i < kStep; ++i) bins[mass_bin(step[i], max, bins_per_unit)] += weights[i];
+  }
+}
+
 template <void (*step_noise)(int64_t, int64_t, int64_t, uint32_t*)>
 SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery& q) {
   const float inverse_temperature =
@@ -169,25 +180,29 @@ SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery&
   return best;
 }
 
-#define SPECFUSE_ROW_PASSES(suffix, attributes)                                                          \
-  attributes void from_half_##suffix(const uint16_t* in, int64_t V, float* out) {                        \
-    from_half_body(in, V, out);                                                                          \
-  }                                                                                                      \
-  attributes void from_bfloat16_##suffix(const uint16_t* in, int64_t V, float* out) {                    \
-    from_bfloat16_body(in, V, out);                                                                      \
-  }                                                                                                      \
-  attributes bool chunk_maxima_##suffix(const float* x, int64_t V, float* maxima) {                      \
-    return chunk_maxima_body(x, V, maxima);                                                              \
-  }                                                                                                      \
-  attributes double exp_mass_##suffix(const float* x, int64_t V, float max, float inverse_temperature,   \
-                                      Cut cut) {                                                         \
-    return exp_mass_body(x, V, max, inverse_temperature, cut);                                           \
-  }                                                                                                      \
-  attributes Sample sample_##suffix(const float* x, int64_t V, const SampleQuery& query) {               \
-    return sample_body<step_noise_##suffix>(x, V, query);                                                \
-  }                                                                                                      \
-  constexpr RowPasses passes_##suffix{from_half_##suffix, from_bfloat16_##suffix, chunk_maxima_##suffix, \
-                                      exp_mass_##suffix, sample_##suffix};
+#define SPECFUSE_ROW_PASSES(suffix, attributes)                                                            \
+  attributes void from_half_##suffix(const uint16_t* in, int64_t V, float* out) {                          \
+    from_half_body(in, V, out);                                                                            \
+  }                                                                                                        \
+  attributes void from_bfloat16_##suffix(const uint16_t* in, int64_t V, float* out) {                      \
+    from_bfloat16_body(in, V, out);                                                                        \
+  }                                                                                                        \
+  attributes bool chunk_maxima_##suffix(const float* x, int64_t V, float* maxima) {                        \
+    return chunk_maxima_body(x, V, maxima);                                                                \
+  }                                                                                                        \
+  attributes double exp_mass_##suffix(const float* x, int64_t V, float max, float inverse_temperature,     \
+                                      Cut cut) {                                                           \
+    return exp_mass_body(x, V, max, inverse_temperature, cut);                                             \
+  }                                                                                                        \
+  attributes void mass_histogram_##suffix(const float* x, int64_t V, float max, float inverse_temperature, \
+                                          Cut cut, float bins_per_unit, double* bins) {                    \
+    mass_histogram_body(x, V, max, inverse_temperature, cut, bins_per_unit, bins);                         \
+  }                                                                                                        \
+  attributes Sample sample_##suffix(const float* x, int64_t V, const SampleQuery& query) {                 \
+    return sample_body<step_noise_##suffix>(x, V, query);                                                  \
+  }                                                                                                        \
+  constexpr RowPasses passes_##suffix{from_half_##suffix, from_bfloat16_##suffix,  chunk_maxima_##suffix,  \
+                                      exp_mass_##suffix,  mass_histogram_##suffix, sample_##suffix};
 
 SPECFUSE_ROW_PASSES(baseline, )
 #ifdef SPECFUSE_X86
@@ -198,7 +213,8 @@ SPECFUSE_ROW_PASSES(avx2, __attribute__((target("avx2,fma"))))
 
 const RowPasses& row_passes() {
 #ifdef SPECFUSE_X86
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !std::getenv("SPECFUSE_PORTABLE");
   if (avx2) return passes_avx2;
 #endif
   return passes_baseline;

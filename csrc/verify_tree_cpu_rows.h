@@ -9,6 +9,14 @@ namespace specfuse {
 // Tokens per chunk: row maxima are kept per chunk, so that filters look only where a large value can be.
 constexpr int64_t kChunk = 64;
 
+// Bins of the mass histogram, from the largest logit down; the last one also takes what lies beyond.
+constexpr int kMassBins = 1024;
+
+inline int mass_bin(float value, float max, float bins_per_unit) {
+  const float bin = (max - value) * bins_per_unit;
+  return bin < static_cast<float>(kMassBins - 1) ? static_cast<int>(bin) : kMassBins - 1;
+}
+
 // Tokens that a filter keeps: those above `value`, and of those equal to it the ids up to `last_id`.
 // Every filter (top-k, top-p, min-p) keeps a prefix of the order (value descending, id ascending).
 struct Cut {
@@ -29,7 +37,8 @@ struct Sample {
   double log_mass;  // log of the kept tokens' sum of exp((x - max) / temperature)
 };
 
-// The instruction set is chosen once, when the module is loaded; results agree in every discrete output.
+// The instruction set is chosen once, at the first call; SPECFUSE_PORTABLE in the environment asks for the
+// baseline one. Results agree in every discrete output.
 struct RowPasses {
   // Converts V fp16 or bf16 values to float.
   void (*from_half)(const uint16_t* in, int64_t V, float* out);
@@ -38,6 +47,9 @@ struct RowPasses {
   bool (*chunk_maxima)(const float* x, int64_t V, float* maxima);
   // Sum of exp((x - max) * inverse_temperature) over tokens inside the cut.
   double (*exp_mass)(const float* x, int64_t V, float max, float inverse_temperature, Cut cut);
+  // Adds each token's weight, as summed by exp_mass, to its bin.
+  void (*mass_histogram)(const float* x, int64_t V, float max, float inverse_temperature, Cut cut,
+                         float bins_per_unit, double* bins);
   // Gumbel-argmax over the tokens inside the cut, exact in double; ties go to the lowest id.
   Sample (*sample)(const float* x, int64_t V, const SampleQuery& query);
 };

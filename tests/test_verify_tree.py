@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -23,7 +26,7 @@ from verify_tree_cases import (
 )
 
 from specfuse.kernels.verify_tree_ref import filter_logits, verify_tree_ref
-from specfuse.ops import verify_tree
+from specfuse.ops import native, verify_tree
 from specfuse.tree import TokenTree
 
 op = torch.ops.specfuse.verify_tree.default
@@ -130,6 +133,25 @@ def test_a_real_vocabulary(rule: dict[str, float], spread: float) -> None:
     tokens, parents = torch.zeros(12, 1, dtype=torch.int64), torch.full((12, 1), -1, dtype=torch.int32)
     args = arguments(logits, tokens, parents, positions=torch.arange(12) * 1000, **rule)
     assert_same(op(*args), verify_tree_ref(*args))
+
+
+@pytest.mark.skipif(native.cpu is None, reason="the C++ module is not built")
+def test_the_portable_instruction_set_agrees() -> None:
+    """This file's comparisons with a real vocabulary again, in a process that leaves AVX2 unused."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "real_vocabulary",
+    ]
+    environment = {**os.environ, "SPECFUSE_PORTABLE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "12 passed" in result.stdout, result.stdout + result.stderr
 
 
 # ---------------------------------------------------------------- filters
