@@ -18,7 +18,7 @@ constexpr uint32_t kLastPosition = 0xF0000000u;
 // What a successor known only from other questions counts.
 constexpr float kOtherScope = 0.25f;
 // Gates are trained on every token at first and on a sample later, when they hardly move any more.
-constexpr uint64_t kTrainAll = 1 << 17;
+constexpr uint64_t kTrainAll = 1 << 14;
 constexpr uint64_t kTrainOneIn = 4;
 
 int bit_width(uint32_t x) {

@@ -158,22 +158,23 @@ void ContextTable::add(uint32_t hash, Place place, const Successor& added, int m
 
 void ContextTable::add_to_list(ContextSlot* slot, Successor added, int most, uint32_t oldest) {
   Successor* items = &pool_[slot->payload];
-  int at = slot->count;  // where the token is, or else a dead entry, or else the end
-  for (int i = slot->count - 1; i >= 0; --i) {
+  int at = -1;
+  for (int i = 0; i < slot->count; ++i) {
     items[i].weight = decayed(items[i].weight);
-    if (items[i].token == added.token)
-      at = i;
-    else if (items[i].last < oldest && (at == slot->count || items[at].token != added.token))
-      at = i;
+    at = items[i].token == added.token ? i : at;
   }
-  if (at == slot->count && at >= most) --at;  // the lightest makes room
-  if (at == slot->count) {
+  if (at >= 0) {
+    if (items[at].last >= oldest) {
+      added.weight = static_cast<uint16_t>(added.weight + items[at].weight);
+      added.scopes |= items[at].scopes;
+    }
+  } else if (slot->count < most) {
     items = grown(slot);
-    ++slot->count;
-  } else if (items[at].token == added.token && items[at].last >= oldest) {
-    added.weight = static_cast<uint16_t>(added.weight + items[at].weight);
-    added.scopes |= items[at].scopes;
+    at = slot->count++;
+  } else {
+    at = slot->count - 1;  // the lightest makes room
   }
+  // Heaviest first; of equals, the latest.
   for (; at + 1 < slot->count && items[at + 1].weight > added.weight; ++at) items[at] = items[at + 1];
   for (; at > 0 && items[at - 1].weight <= added.weight; --at) items[at] = items[at - 1];
   items[at] = added;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -25,10 +26,10 @@ _MAX_ID = 2**31 - 1
 class CorpusDrafter(Drafter):
     """Drafts from the answers that this object has seen before, whatever model gave them.
 
-    Every context of the answer so far that occurred in an earlier answer predicts the next token: its last 1 to
-    24 tokens, the last tokens at this place of the answer, the longest match. A context's successors count the
-    more the more recent they are, and the contexts are blended, from the least to the most specific, with gates
-    learned from every observed answer::
+    Every context of the answer so far that occurred in an earlier answer predicts the next token: its last 1
+    to 24 tokens, the last tokens at this place of the answer, the longest match. A context's successors count
+    the more the more recent they are, and the contexts are blended, from the least to the most specific, with
+    gates learned from every observed answer::
 
         p_k(token) = gate_k * q_k(token) + (1 - gate_k) * p_{k-1}(token)
 
@@ -55,15 +56,15 @@ class CorpusDrafter(Drafter):
         if native.cpu is None:
             reason = native.missing.get("cpu", "not built")
             raise RuntimeError(
-                f"CorpusDrafter needs the native module specfuse._C_cpu ({reason}); install a C++17 compiler and "
-                "install specfuse again"
+                f"CorpusDrafter needs the native module specfuse._C_cpu ({reason}); "
+                "install a C++17 compiler and install specfuse again"
             )
         self._index: Any = native.cpu.CorpusIndex(max_tokens)
 
     # ---------------------------------------------------------------- drafting
 
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
-        """See :meth:`Drafter.propose`. Depth is limited to ``state.remaining - 1``: deeper tokens cannot be used."""
+        """See :meth:`Drafter.propose`. No deeper than ``remaining - 1``: what lies beyond cannot be used."""
         known = state.memory.get(id(self))
         if known is None:
             hints = state.evidence or [None] * state.batch_size
@@ -83,7 +84,7 @@ class CorpusDrafter(Drafter):
                 max_nodes=max_nodes,
                 max_depth=max(depth, 0),
             )
-            rows.append(_as_row(root, *drafted, vocab_size=state.vocab_size))
+            rows.append(_as_row(root, drafted, state.vocab_size))
         tokens, parents, probs = map(list, zip(*rows, strict=True)) if rows else ([], [], [])
         return TokenTree.from_parents(tokens, parents, probs)
 
@@ -171,16 +172,17 @@ def _read(path: Path) -> list[np.ndarray]:
             arrays = [file.get_tensor(name) for name in _ARRAYS]
     except SafetensorError as error:
         raise ValueError(f"path {str(path)!r} is not a saved CorpusDrafter: {error}") from None
-    for name, dtype, array in zip(_ARRAYS, _DTYPES, arrays, strict=True):
-        if array.dtype != dtype or array.ndim != 1:
+    for name, dtype, values in zip(_ARRAYS, _DTYPES, arrays, strict=True):
+        if values.dtype != dtype or values.ndim != 1:
             raise ValueError(f"path {str(path)!r}: {name} must be one-dimensional {np.dtype(dtype)}")
     return arrays
 
 
 def _as_row(
-    root: int, tokens: np.ndarray, parents: np.ndarray, probs: np.ndarray, vocab_size: int | None
+    root: int, drafted: tuple[np.ndarray, np.ndarray, np.ndarray], vocab_size: int | None
 ) -> tuple[list[int], list[int], list[float]]:
     """A drafted tree behind its root; ids that the target does not have are dropped with all below them."""
+    tokens, parents, probs = drafted
     row = ([root, *tokens.tolist()], [-1, *(parents + 1).tolist()], [1.0, *probs.tolist()])
     if vocab_size is None or not (tokens >= vocab_size).any():
         return row
@@ -196,26 +198,32 @@ def _as_row(
 
 
 def _ids(name: str, tokens: Sequence[int]) -> np.ndarray:
-    """Token ids as int32, checked."""
-    ids = np.asarray(tokens)
-    if ids.size == 0:
-        return np.zeros(0, dtype=np.int32)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be a flat sequence of integers, got shape {ids.shape}, {ids.dtype}")
-    if ids.min() < 0 or ids.max() > _MAX_ID:
-        bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
-        raise ValueError(f"{name} must hold ids from 0 to {_MAX_ID}, got {bad}")
-    return ids.astype(np.int32)
+    """Token ids as int32, checked. ``array`` refuses what is not an integer and is faster than NumPy here."""
+    try:
+        ids = np.frombuffer(array("i", tokens), dtype=np.int32)
+    except TypeError:
+        raise ValueError(f"{name} must be a flat sequence of integers, got {_short(tokens)}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must hold ids from 0 to {_MAX_ID}, got {_short(tokens)}") from None
+    if ids.size and ids.min() < 0:
+        raise ValueError(f"{name} must hold ids from 0 to {_MAX_ID}, got {int(ids.min())}")
+    return ids
 
 
-def _digest(kind: bytes, ids: np.ndarray) -> int:
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _digest(kind: bytes, name: str, tokens: Sequence[int]) -> int:
+    ids = _ids(name, tokens)
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8, person=kind).digest(), "little")
 
 
 def _scope(question: Sequence[int]) -> int:
-    return _digest(b"question", _ids("question", question))
+    return _digest(b"question", "question", question)
 
 
 def _evidence(tokens: Sequence[int] | None) -> int:
     # 0 means that there is none.
-    return 0 if tokens is None else _digest(b"evidence", _ids("evidence", tokens)) or 1
+    return 0 if tokens is None else _digest(b"evidence", "evidence", tokens) or 1
