@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -307,11 +308,18 @@ def test_init_tiny_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "model.safetensors").exists() and (tmp_path / "notes.txt").exists()
 
 
+def test_the_example_that_init_tiny_suggests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["init-tiny", str(tmp_path / "tiny")]) == 0
+    suggestion = capsys.readouterr().out.splitlines()[-1].removeprefix("try: specfuse ")
+    assert run([*shlex.split(suggestion), "--max-new-tokens", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 4
+
+
 def test_init_tiny_is_reproducible_and_says_that_it_is_random(tmp_path: Path) -> None:
     from specfuse.models.tiny import init_tiny
 
     first, again, other = (init_tiny(tmp_path / n, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
-    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+    for name in ("model.safetensors", "tokenizer.json", "config.json", "example.gif"):
         assert (first / name).read_bytes() == (again / name).read_bytes()
     assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
     assert "weights are random" in (first / "README.md").read_text()

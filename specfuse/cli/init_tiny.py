@@ -26,4 +26,7 @@ def init_tiny(
         except FileExistsError as error:
             raise UserError(f"{error} (--force overwrites)") from None
     size_kib = sum(p.stat().st_size for p in directory.iterdir() if p.is_file()) // 1024
-    print(f"{directory}: tiny Video-LLaVA, random weights (seed {seed}), {size_kib} KiB")
+    print(f"{directory}: tiny Video-LLaVA with random weights (seed {seed}), {size_kib} KiB")
+    print(
+        f"try: specfuse generate --model {directory} --video {directory / 'example.gif'} --question 'What is it?'"
+    )

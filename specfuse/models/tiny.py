@@ -39,8 +39,8 @@ pipeline_tag: video-text-to-text
 
 Written by `specfuse init-tiny` (seed {seed}). **The weights are random: its answers mean nothing.**
 The classes are Hugging Face's `VideoLlavaForConditionalGeneration` and `VideoLlavaProcessor`; a frame is
-{image_size} pixels wide and {tokens_per_frame} tokens long. Use it to try commands and to test code, not to
-judge speed or quality.
+{image_size} pixels wide and {tokens_per_frame} tokens long. `example.gif` is a drawn clip to ask about. Use
+it to try commands and to test code, not to judge speed or quality.
 
     from transformers import AutoProcessor, VideoLlavaForConditionalGeneration
     model = VideoLlavaForConditionalGeneration.from_pretrained("this directory")
@@ -49,7 +49,7 @@ judge speed or quality.
 
 
 def init_tiny(directory: str | os.PathLike[str], seed: int = 0, *, force: bool = False) -> Path:
-    """Writes a tiny Video-LLaVA for ``from_pretrained``: model, processor, tokenizer, generation config.
+    """Writes a tiny Video-LLaVA for ``from_pretrained``: model, processor, tokenizer, example clip.
 
     Args:
         directory: where to; created if missing.
@@ -76,7 +76,25 @@ def init_tiny(directory: str | os.PathLike[str], seed: int = 0, *, force: bool =
     tokens_per_frame = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1
     card = CARD.format(seed=seed, image_size=IMAGE_SIZE, tokens_per_frame=tokens_per_frame)
     (directory / "README.md").write_text(card)
+    _write_example(directory / "example.gif")
     return directory
+
+
+def _write_example(path: Path) -> None:
+    """A clip to ask about: 16 frames of a red car on a grey road under a blue sky."""
+    from PIL import Image, ImageDraw
+
+    frames = []
+    for step in range(16):
+        frame = Image.new("RGB", (128, 96), (110, 160, 220))
+        draw = ImageDraw.Draw(frame)
+        draw.rectangle((0, 56, 127, 95), fill=(90, 90, 90))
+        left = 6 * step
+        draw.rectangle((left, 50, left + 30, 66), fill=(200, 30, 30))
+        for wheel in (left + 6, left + 24):
+            draw.ellipse((wheel - 4, 62, wheel + 4, 70), fill=(20, 20, 20))
+        frames.append(frame)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
