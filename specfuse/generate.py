@@ -129,6 +129,8 @@ class SpeculativeGenerator:
         streamer = kwargs.pop("streamer", None)
         kwargs = with_stop_strings(self.model, kwargs)
         request = {"seed": seed, "draft_inputs": draft_inputs, "evidence": evidence, "streamer": streamer}
+        # Since 5.18 the loop is handed encoded pixels only; a draft model needs the pixels themselves.
+        request["pixels"] = {name: x for name, x in kwargs.items() if name.startswith("pixel_values")}
         decode = functools.partial(_hand_over, generator=self, request=request)
         return self.model.generate(inputs, custom_generate=decode, **kwargs)
 

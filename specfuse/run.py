@@ -72,12 +72,22 @@ class GenerationRun:
             active=self.answers.running,
             remaining=self.answers.remaining(),
             visual_token_ids=visual_token_ids(self.model),
-            inputs={**self.inputs, "attention_mask": self.prompt_mask},
+            inputs=self._inputs_for_drafters(request.get("pixels", {})),
             draft_inputs=request["draft_inputs"],
             vocab_size=self.model.config.get_text_config(decoder=True).vocab_size,
             evidence=request["evidence"],
             choice=self.choice,
         )
+
+    def _inputs_for_drafters(self, pixels: Mapping[str, Any]) -> dict[str, Any]:
+        shared = {k: v for k, v in self.inputs.items() if k != "mm_encoder_outputs"}
+        batch = self.answers.input_ids.shape[0]
+        for name, values in pixels.items():
+            # num_return_sequences repeats rows; a row's clips repeat with it.
+            copies = self.config.num_return_sequences or 1
+            repeated = copies > 1 and values is not None and batch % copies == 0
+            shared[name] = values.repeat_interleave(copies, dim=0) if repeated else values
+        return {**shared, "attention_mask": self.prompt_mask}
 
     @property
     def root_positions(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -315,6 +316,27 @@ def test_a_copy_of_the_target_has_every_draft_accepted(batch, branching):
     assert stats.passes == batch * NEW_TOKENS // 4
     if branching == 1:
         assert stats.tokens == stats.drafted + stats.passes
+
+
+def test_a_draft_model_has_its_own_vision_tower():
+    """The target's encoded pixels do not even fit a drafter of another width: it must encode the clip itself."""
+    model = tiny_video_llava(seed=0)
+    inputs = video_inputs(model, 2)
+    narrow = tiny_video_llava(seed=1, hidden=32, vision_hidden=16, layers=1)
+    got, _ = speculate(model, inputs, ModelDrafter(narrow, depth=2))
+    assert torch.equal(got, plain(model, inputs))
+
+
+def test_a_draft_model_needs_pixels_under_custom_generate():
+    model = tiny_video_llava(seed=0)
+    inputs = video_inputs(model, 1)
+    expected = plain(model, inputs)
+    own = {"draft_inputs": dict(inputs)}
+    drop_in = specfuse.custom_generate(ModelDrafter(model), **own)
+    assert torch.equal(plain(model, inputs, custom_generate=drop_in), expected)
+    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
+        with pytest.raises(ValueError, match="pass draft_inputs"):
+            plain(model, inputs, custom_generate=specfuse.custom_generate(ModelDrafter(model)))
 
 
 def test_a_draft_model_without_the_video_guesses_worse():

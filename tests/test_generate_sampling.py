@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 
@@ -93,6 +94,7 @@ def test_several_samples_per_prompt():
     assert out.shape == (6, inputs["input_ids"].shape[1] + 8)
     assert torch.equal(out, specfuse.generate(model, None, seed=0, **kwargs))
     assert len({tuple(row[-8:].tolist()) for row in out[:3]}) == 3
+    assert torch.equal(out, specfuse.generate(model, ModelDrafter(model, depth=2), seed=0, **kwargs))
 
 
 def test_a_copy_of_the_target_drafts_its_very_samples():
@@ -236,7 +238,7 @@ def test_a_wrong_rule_fails_the_distribution_test(fault, monkeypatch):
 
 
 def _replaced(choice: TokenChoice, **changes) -> TokenChoice:
-    return TokenChoice(**{**choice.__dict__, **changes})
+    return dataclasses.replace(choice, **changes)
 
 
 def _separate_coins(choice, logits, tree, positions, seeds):

@@ -31,9 +31,9 @@ def randomize(model: PreTrainedModel, seed: int, gain: float = 2.0) -> PreTraine
     generator = torch.Generator().manual_seed(seed)
     embedding_ids = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if id(parameter) in embedding_ids:
+            if id(parameter) in embedding_ids or name.endswith("class_embedding"):
                 value = noise
             elif parameter.ndim >= 2:
                 value = noise * (gain / parameter[0].numel() ** 0.5)

@@ -93,8 +93,11 @@ class ModelDrafter(Drafter):
                     # alternatives.
                     pick = sampled[b][i]
                     row = [(pick, row[0][1]), *(pair for pair in row if pair[0] != pick)][:width]
-                new += [tree.add(node, token, chance) for token, chance in row]
-            new.sort(key=lambda child: -tree.probs[child])
+                children = [tree.add(node, token, chance) for token, chance in row]
+                if node == tree.trunk[-1] and len(tree.trunk) == draft.depth + 1:
+                    tree.trunk.append(children[0])
+                new += children
+            new.sort(key=tree.rank)
             following.append(sorted(new[: self.branching]))
         draft.depth += 1
         return following
@@ -188,6 +191,8 @@ class _GrowingTree:
     def __init__(self, root: int):
         self.tokens, self.parents, self.probs = [root], [-1], [1.0]
         self.ancestors: list[frozenset[int]] = [frozenset()]
+        # First choice after first choice: what a greedy target says if the models agree, so it always stays.
+        self.trunk = [0]
 
     def add(self, parent: int, token: int, chance: float) -> int:
         self.tokens.append(token)
@@ -196,12 +201,16 @@ class _GrowingTree:
         self.ancestors.append(self.ancestors[parent] | {parent})
         return len(self.tokens) - 1
 
+    def rank(self, node: int) -> tuple[bool, float]:
+        """Sorts the trunk first, then by probability."""
+        return node not in self.trunk, -self.probs[node]
+
     def is_ancestor(self, earlier: int, node: int) -> bool:
         return earlier in self.ancestors[node]
 
     def best(self, max_nodes: int) -> tuple[list[int], list[int], list[float]]:
-        """The ``max_nodes`` most probable nodes; probabilities fall along a path, so they form a tree."""
-        order = sorted(range(len(self.tokens)), key=lambda node: -self.probs[node])[: max_nodes + 1]
+        """The trunk and the most probable nodes: a tree, since probabilities fall along a path."""
+        order = sorted(range(len(self.tokens)), key=self.rank)[: max_nodes + 1]
         chosen = sorted(order)
         place = {node: i for i, node in enumerate(chosen)}
         parents = [-1 if node == 0 else place[self.parents[node]] for node in chosen]
@@ -217,7 +226,14 @@ def _own_inputs(drafter: ModelDrafter, state: DraftState) -> dict[str, Any]:
             raise ValueError(f"draft_inputs must hold input_ids, got {sorted(own)}")
         return dict(own)
     takes_pixels = any(name.startswith("pixel_values") for name in accepted)
-    if takes_pixels or not state.visual_token_ids:
+    shown = any(token in state.visual_token_ids for prompt in state.prompts for token in prompt)
+    given = any(name.startswith("pixel_values") and v is not None for name, v in state.inputs.items())
+    if takes_pixels and shown and not given:
+        raise ValueError(
+            "the draft model needs pixels and the call has only encoded ones: pass draft_inputs=..., or call "
+            "specfuse.generate with the pixels"
+        )
+    if takes_pixels or not shown:
         shared = {k: v for k, v in state.inputs.items() if k in accepted and v is not None}
         shared.pop("inputs_embeds", None)
         return shared | {"input_ids": state.inputs["input_ids"]}
