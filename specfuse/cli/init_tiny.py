@@ -27,6 +27,5 @@ def init_tiny(
             raise UserError(f"{error} (--force overwrites)") from None
     size_kib = sum(p.stat().st_size for p in directory.iterdir() if p.is_file()) // 1024
     print(f"{directory}: tiny Video-LLaVA with random weights (seed {seed}), {size_kib} KiB")
-    print(
-        f"try: specfuse generate --model {directory} --video {directory / 'example.gif'} --question 'What is it?'"
-    )
+    example = directory / "example.gif"
+    print(f"try: specfuse generate --model {directory} --video {example} --question 'What is happening?'")
