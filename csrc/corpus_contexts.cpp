@@ -7,8 +7,10 @@ namespace {
 
 constexpr uint64_t kStart = 0xFFFFFFFFull;  // stands before the first token of an answer
 
+constexpr uint64_t kFactor = 0xFF51AFD7ED558CCDull;
+
 uint64_t mix(uint64_t hash, uint64_t value) {
-  hash = (hash ^ (value + 1)) * 0xFF51AFD7ED558CCDull;
+  hash = (hash ^ (value + 1)) * kFactor;
   return hash ^ (hash >> 32);
 }
 
@@ -34,14 +36,15 @@ int64_t copied(const AnswerWindow& window) {
 
 uint32_t context_hashes(const AnswerWindow& window, uint32_t* hashes) {
   const int64_t position = window.skipped + window.count;
-  // prefix[k]: the last k tokens; the start of the answer counts as one token before the first.
+  // prefix[k]: the last k tokens as a polynomial; the start of the answer counts as one token before the
+  // first.
   uint64_t prefix[kMaxOrder + 1] = {0x9E3779B97F4A7C15ull};
   int longest = 0;
   while (longest < kMaxOrder && longest <= window.count) {
     const bool start = longest == window.count;
     if (start && window.skipped > 0) break;
     const uint64_t token = start ? kStart : static_cast<uint32_t>(window.tokens[window.count - 1 - longest]);
-    prefix[longest + 1] = mix(prefix[longest], token);
+    prefix[longest + 1] = (prefix[longest] + token + 1) * kFactor;
     ++longest;
   }
   const int64_t copy = window.count >= 2 ? copied(window) : -1;

@@ -25,13 +25,13 @@ constexpr ContextKind kContextKinds[] = {
     {ContextType::kOrder, 0, -1, 32},   {ContextType::kOrder, 1, -1, 24},   {ContextType::kPlace, 1, 1, 16},
     {ContextType::kEvidence, 1, 1, 12}, {ContextType::kOrder, 2, -1, 16},   {ContextType::kPlace, 2, 4, 12},
     {ContextType::kCopy, 2, 4, 12},     {ContextType::kEvidence, 2, 4, 12}, {ContextType::kOrder, 3, 4, 12},
-    {ContextType::kOrder, 4, 8, 12},    {ContextType::kOrder, 6, 9, 12},    {ContextType::kOrder, 8, 10, 12},
-    {ContextType::kOrder, 16, 11, 8},   {ContextType::kOrder, 24, 12, 8},
+    {ContextType::kOrder, 4, 8, 12},    {ContextType::kOrder, 6, 9, 12},    {ContextType::kOrder, 10, 10, 12},
+    {ContextType::kOrder, 20, 11, 8},
 };
 constexpr int kContexts = sizeof(kContextKinds) / sizeof(kContextKinds[0]);
 constexpr int kMatchExpert = kContexts;  // the longest match is an expert without a context of its own
 constexpr int kExperts = kContexts + 1;
-constexpr int kMaxOrder = 24;
+constexpr int kMaxOrder = 20;
 constexpr int kMaxMatch = 40;
 // How far back the copy context looks for the last token.
 constexpr int kCopyReach = 256;

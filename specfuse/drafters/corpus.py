@@ -27,7 +27,7 @@ class CorpusDrafter(Drafter):
     """Drafts from the answers that this object has seen before, whatever model gave them.
 
     Every context of the answer so far that occurred in an earlier answer predicts the next token: its last 1
-    to 24 tokens, the last tokens at this place of the answer, the longest match. A context's successors count
+    to 20 tokens, the last tokens at this place of the answer, the longest match. A context's successors count
     the more the more recent they are, and the contexts are blended, from the least to the most specific, with
     gates learned from every observed answer::
 
