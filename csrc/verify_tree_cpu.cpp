@@ -134,18 +134,25 @@ class Row {
     return {candidates_[k - 1].value, p_.V};  // ties with the k-th stay
   }
 
-  // Keeps a token if the mass strictly before it is below top_p of the mass inside `within`.
+  // Keeps a token if the mass strictly before it is below top_p of the mass inside `within`. Looks at the
+  // largest tokens first, then at the one bin of a mass histogram where the boundary lies, and weighs every
+  // token only where that is too close to a token's edge to call.
   Cut top_p_cut(double top_p, double temperature, Cut within) {
-    double total = passes_.exp_mass(x_, p_.V, max_, inverse(temperature), within);
-    // A weight at distance d from the largest is off by at most 2e-7 (d + 1), and the mean distance is at
-    // most log(V / total). A boundary closer than that to a token's edge is decided by the exact sum.
-    const double tolerance = total * (2.5e-7 * std::log(p_.V / total) + 4e-7);
     Cut cut = within;
-    if (!nucleus(top_p * total, total, tolerance, temperature, within, &cut)) {
-      collect(within.value);
-      total = weigh(temperature);
-      select(0.0, top_p * total, 0.0, &cut);
+    const auto chunks = static_cast<int64_t>(maxima_.size());
+    if (chunks > 32 && within.value == -kInfinity) {
+      const double total = passes_.exp_mass(x_, p_.V, max_, inverse(temperature), within);
+      // A weight at distance d from the largest is off by at most 2e-7 (d + 1), and the mean distance is at
+      // most log(V / total).
+      const double tolerance = total * (2.5e-7 * std::log(p_.V / total) + 4e-7);
+      collect(mth_chunk_maximum(32));
+      if (weigh(temperature) > top_p * total + tolerance && select(0.0, top_p * total, tolerance, &cut))
+        return cut;
+      if (select_in_histogram(top_p, temperature, total, &cut)) return cut;
     }
+    collect(within.value);
+    const double total = weigh(temperature);
+    select(0.0, top_p * total, 0.0, &cut);
     return cut;
   }
 
@@ -155,33 +162,29 @@ class Row {
     return mass;
   }
 
-  // Finds the last token whose preceding mass is below `target`: among the largest tokens where they hold
-  // enough mass, else in the one bin of a mass histogram where the boundary lies. False where that is within
-  // `tolerance` of a token's edge.
-  bool nucleus(double target, double total, double tolerance, double temperature, Cut within, Cut* cut) {
-    const auto chunks = static_cast<int64_t>(maxima_.size());
-    // After top-k there are few tokens to look at.
-    const bool all = chunks <= 32 || within.value > -kInfinity;
-    collect(all ? within.value : mth_chunk_maximum(32));
-    if (weigh(temperature) > target + 2.0 * tolerance || all) return select(0.0, target, tolerance, cut);
-    // Tokens lighter than (total - target) / V all lie beyond the boundary: the histogram ends there.
-    const double reach = temperature * std::log(p_.V / (total - target));
+  bool select_in_histogram(double top_p, double temperature, double rough_total, Cut* cut) {
+    // Tokens lighter than (1 - top_p) * total / V all lie beyond the boundary: the histogram ends there.
+    const double reach = temperature * std::log(p_.V / ((1.0 - top_p) * rough_total));
     const auto bins_per_unit = static_cast<float>(std::min(kMassBins / reach, double{kLargest}));
     bins_.assign(kMassBins, 0.0);
-    passes_.mass_histogram(x_, p_.V, max_, inverse(temperature), within, bins_per_unit, bins_.data());
-    double before = 0.0;
+    passes_.mass_histogram(x_, p_.V, max_, temperature, bins_per_unit, bins_.data());
+    double total = 0.0, before = 0.0;
+    for (double mass : bins_) total += mass;
     int bin = 0;
-    while (bin < kMassBins - 1 && before + bins_[bin] < target) before += bins_[bin++];
+    while (bin < kMassBins - 1 && before + bins_[bin] < top_p * total) before += bins_[bin++];
     candidates_.clear();
     for (int64_t i = 0; i < p_.V; ++i) {
-      if (mass_bin(x_[i], max_, bins_per_unit) != bin || x_[i] < within.value || x_[i] == -kInfinity)
-        continue;
+      if (mass_bin(x_[i], max_, bins_per_unit) != bin || x_[i] == -kInfinity) continue;
       candidates_.push_back({x_[i], i, weight(x_[i], temperature)});
     }
-    return !candidates_.empty() && target - before >= tolerance && select(before, target, tolerance, cut);
+    // Sums in double, taken in another order than the reference's.
+    const double tolerance = 1e-11 * total;
+    return !candidates_.empty() && top_p * total - before >= tolerance &&
+           select(before, top_p * total, tolerance, cut);
   }
 
-  // Quickselect by mass among the candidates, which `before` precedes.
+  // Quickselect among the candidates, which the mass `before` precedes, for the last token whose preceding
+  // mass is below `target`. False where that comes within `tolerance` of the token's edge.
   bool select(double before, double target, double tolerance, Cut* cut) {
     size_t low = 0, high = candidates_.size();
     double kept_before = before;

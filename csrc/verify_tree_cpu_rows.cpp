@@ -25,6 +25,8 @@ static_assert(kStep == kChunk, "a step covers one chunk");
 constexpr int kLanes = 8;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef double Doubles __attribute__((vector_size(32)));
+typedef int64_t Longs __attribute__((vector_size(32)));
 
 SPECFUSE_INLINE Floats load(const float* x) {
   Floats values;
@@ -132,13 +134,37 @@ SPECFUSE_INLINE bool any_candidate(const uint32_t* words, const float* weights, 
   return found != 0;
 }
 
-SPECFUSE_INLINE void mass_histogram_body(const float* x, int64_t V, float max, float inverse_temperature,
-                                         Cut cut, float bins_per_unit, double* bins) {
-  float weights[kStep], buffer[kStep];
+// exp(x) for x <= 0 to about 1e-15, levelling off at -700: Cody and Waite's reduction, then the Taylor
+// polynomial.
+SPECFUSE_INLINE Doubles exp_nonpositive(const Doubles& x) {
+  const Doubles lowest = Doubles{} - 700.0;
+  const Doubles bounded = x > -700.0 ? x : lowest;
+  const Doubles shifted =
+      bounded * 1.4426950408889634 + 6755399441055744.0;  // 1.5 * 2^52 rounds to an integer
+  const Doubles n = shifted - 6755399441055744.0;
+  const Doubles r = (bounded - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  constexpr double kInverse[] = {
+      1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+      1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
+  Doubles p = Doubles{} + kInverse[0];
+  for (int i = 1; i < 13; ++i) p = p * r + kInverse[i];
+  return reinterpret_cast<Doubles>(reinterpret_cast<Longs>(p) + (reinterpret_cast<Longs>(shifted) << 52));
+}
+
+SPECFUSE_INLINE void mass_histogram_body(const float* x, int64_t V, float max, double temperature,
+                                         float bins_per_unit, double* bins) {
+  typedef float FourFloats __attribute__((vector_size(16)));
+  float buffer[kStep];
+  const double inverse_temperature = 1.0 / temperature;
   for (int64_t base = 0; base < V; base += kStep) {
     const float* step = step_at(x, base, V, buffer);
-    step_weights(step, base, max, inverse_temperature, cut, weights);
-    for (int i = 0; i < kStep; ++i) bins[mass_bin(step[i], max, bins_per_unit)] += weights[i];
+    for (int i = 0; i < kStep; i += 4) {
+      FourFloats values;
+      std::memcpy(&values, step + i, sizeof values);
+      const Doubles distance = __builtin_convertvector(values, Doubles) - static_cast<double>(max);
+      const Doubles weights = exp_nonpositive(distance * inverse_temperature);
+      for (int j = 0; j < 4; ++j) bins[mass_bin(step[i + j], max, bins_per_unit)] += weights[j];
+    }
   }
 }
 
@@ -180,28 +206,28 @@ SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery&
   return best;
 }
 
-#define SPECFUSE_ROW_PASSES(suffix, attributes)                                                            \
-  attributes void from_half_##suffix(const uint16_t* in, int64_t V, float* out) {                          \
-    from_half_body(in, V, out);                                                                            \
-  }                                                                                                        \
-  attributes void from_bfloat16_##suffix(const uint16_t* in, int64_t V, float* out) {                      \
-    from_bfloat16_body(in, V, out);                                                                        \
-  }                                                                                                        \
-  attributes bool chunk_maxima_##suffix(const float* x, int64_t V, float* maxima) {                        \
-    return chunk_maxima_body(x, V, maxima);                                                                \
-  }                                                                                                        \
-  attributes double exp_mass_##suffix(const float* x, int64_t V, float max, float inverse_temperature,     \
-                                      Cut cut) {                                                           \
-    return exp_mass_body(x, V, max, inverse_temperature, cut);                                             \
-  }                                                                                                        \
-  attributes void mass_histogram_##suffix(const float* x, int64_t V, float max, float inverse_temperature, \
-                                          Cut cut, float bins_per_unit, double* bins) {                    \
-    mass_histogram_body(x, V, max, inverse_temperature, cut, bins_per_unit, bins);                         \
-  }                                                                                                        \
-  attributes Sample sample_##suffix(const float* x, int64_t V, const SampleQuery& query) {                 \
-    return sample_body<step_noise_##suffix>(x, V, query);                                                  \
-  }                                                                                                        \
-  constexpr RowPasses passes_##suffix{from_half_##suffix, from_bfloat16_##suffix,  chunk_maxima_##suffix,  \
+#define SPECFUSE_ROW_PASSES(suffix, attributes)                                                           \
+  attributes void from_half_##suffix(const uint16_t* in, int64_t V, float* out) {                         \
+    from_half_body(in, V, out);                                                                           \
+  }                                                                                                       \
+  attributes void from_bfloat16_##suffix(const uint16_t* in, int64_t V, float* out) {                     \
+    from_bfloat16_body(in, V, out);                                                                       \
+  }                                                                                                       \
+  attributes bool chunk_maxima_##suffix(const float* x, int64_t V, float* maxima) {                       \
+    return chunk_maxima_body(x, V, maxima);                                                               \
+  }                                                                                                       \
+  attributes double exp_mass_##suffix(const float* x, int64_t V, float max, float inverse_temperature,    \
+                                      Cut cut) {                                                          \
+    return exp_mass_body(x, V, max, inverse_temperature, cut);                                            \
+  }                                                                                                       \
+  attributes void mass_histogram_##suffix(const float* x, int64_t V, float max, double temperature,       \
+                                          float bins_per_unit, double* bins) {                            \
+    mass_histogram_body(x, V, max, temperature, bins_per_unit, bins);                                     \
+  }                                                                                                       \
+  attributes Sample sample_##suffix(const float* x, int64_t V, const SampleQuery& query) {                \
+    return sample_body<step_noise_##suffix>(x, V, query);                                                 \
+  }                                                                                                       \
+  constexpr RowPasses passes_##suffix{from_half_##suffix, from_bfloat16_##suffix,  chunk_maxima_##suffix, \
                                       exp_mass_##suffix,  mass_histogram_##suffix, sample_##suffix};
 
 SPECFUSE_ROW_PASSES(baseline, )

@@ -47,9 +47,9 @@ struct RowPasses {
   bool (*chunk_maxima)(const float* x, int64_t V, float* maxima);
   // Sum of exp((x - max) * inverse_temperature) over tokens inside the cut.
   double (*exp_mass)(const float* x, int64_t V, float max, float inverse_temperature, Cut cut);
-  // Adds each token's weight, as summed by exp_mass, to its bin.
-  void (*mass_histogram)(const float* x, int64_t V, float max, float inverse_temperature, Cut cut,
-                         float bins_per_unit, double* bins);
+  // Adds each token's exp((x - max) / temperature), good to 1e-15, to its bin.
+  void (*mass_histogram)(const float* x, int64_t V, float max, double temperature, float bins_per_unit,
+                         double* bins);
   // Gumbel-argmax over the tokens inside the cut, exact in double; ties go to the lowest id.
   Sample (*sample)(const float* x, int64_t V, const SampleQuery& query);
 };
