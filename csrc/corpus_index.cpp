@@ -286,7 +286,7 @@ bool CorpusIndex::import_content(const CorpusContent& content) {
   std::unique_lock<std::shared_mutex> lock(mutex_);
   const size_t answers = content.lengths.size();
   if (content.scopes.size() != answers || content.evidence.size() != answers) return false;
-  if (content.gates.size() != mixer_.parameters().size()) return false;
+  if (!content.gates.empty() && content.gates.size() != mixer_.parameters().size()) return false;
   if (std::any_of(content.gates.begin(), content.gates.end(), [](float x) { return !std::isfinite(x); }))
     return false;
   size_t left = content.tokens.size();
@@ -302,11 +302,14 @@ bool CorpusIndex::import_content(const CorpusContent& content) {
 
 void CorpusIndex::relearn(const CorpusContent& content) {
   clear_locked();
-  mixer_.parameters() = content.gates;
+  // Content without gates (the Python index learns none) trains them like any other answers.
+  const bool trains = content.gates.empty();
+  mixer_ = CorpusMixer(kExperts, kMatchExpert);
+  if (!trains) mixer_.parameters() = content.gates;
   const int32_t* tokens = content.tokens.data();
   for (size_t i = 0; i < content.lengths.size(); ++i) {
     const size_t count = static_cast<size_t>(content.lengths[i]);
-    observe_locked(tokens, count, content.scopes[i], content.evidence[i], false);
+    observe_locked(tokens, count, content.scopes[i], content.evidence[i], trains);
     tokens += count;
   }
 }

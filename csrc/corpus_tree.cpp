@@ -8,6 +8,7 @@
 namespace specfuse {
 namespace {
 
+constexpr int kLargestTree = 1 << 14;
 // Experts are not asked any more once this little is left to give ...
 constexpr float kNegligible = 1e-3f;
 // ... or this little, where no token they name could enter the tree.
@@ -156,6 +157,7 @@ void CorpusIndex::propose(const AnswerWindow& window, int max_nodes, int max_dep
   tree->parents.clear();
   tree->probs.clear();
   if (max_nodes < 1 || max_depth < 1) return;
+  max_nodes = std::min(max_nodes, kLargestTree);
   std::shared_lock<std::shared_mutex> lock(mutex_);
   TreeBuilder(*this, window, max_nodes, max_depth, tree).build();
 }

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from specfuse.drafters.base import Drafter, DraftState
+from specfuse.drafters.corpus_fallback import PythonCorpusIndex
 from specfuse.ops import native
 from specfuse.tree import TokenTree
 
@@ -37,13 +38,14 @@ class CorpusDrafter(Drafter):
     from the first pass of an answer on. Answers to the same question count more than others. One object may
     serve any number of calls and threads at once.
 
+    The index is native code; without it (no compiler at installation) a simpler one in Python replaces it.
+
     Args:
         max_tokens: how many tokens of answers are kept, the oldest answers leaving first. At most about 100
             bytes of memory each.
 
     Raises:
         ValueError: ``max_tokens`` below 1 or above 2**31 - 1.
-        RuntimeError: the native module ``specfuse._C_cpu`` was not built.
 
     Source: Witten and Bell, "The zero-frequency problem", IEEE Transactions on Information Theory, 1991
         (blending of context lengths); Mahoney, "Adaptive weighing of context models for lossless data
@@ -53,13 +55,8 @@ class CorpusDrafter(Drafter):
     def __init__(self, max_tokens: int = 1_000_000):
         if not 1 <= max_tokens <= _MAX_ID:
             raise ValueError(f"max_tokens must be from 1 to {_MAX_ID}, got {max_tokens}")
-        if native.cpu is None:
-            reason = native.missing.get("cpu", "not built")
-            raise RuntimeError(
-                f"CorpusDrafter needs the native module specfuse._C_cpu ({reason}); "
-                "install a C++17 compiler and install specfuse again"
-            )
-        self._index: Any = native.cpu.CorpusIndex(max_tokens)
+        index = PythonCorpusIndex if native.cpu is None else native.cpu.CorpusIndex
+        self._index: Any = index(max_tokens)
 
     # ---------------------------------------------------------------- drafting
 
