@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from specfuse.kv_cache import TreeCache
+from specfuse.prompt_mask import PromptTreeMask
 from specfuse.tree import TokenTree
 
 # The prefill's dense [P + n, P + n] mask stays below 64 MB of bool; longer prompts are prefilled without a
@@ -172,6 +173,9 @@ class TreeForward:
             # A padded query must see something, itself, or its softmax is NaN and so is everything after it.
             mask |= torch.eye(total, dtype=torch.bool, device=self.device)
         mask[:, length:, length:] = tree.ancestor_mask()[:, 1:, 1:].to(self.device)
+        plain = self.valid is None and not filled and not self.layout.windowed
+        if plain and self.layout.implementation == "sdpa":
+            return PromptTreeMask.wrap(mask[:, None], length)
         return self._finish_mask(mask[:, filled:], positions[:, filled:], positions)
 
     def _step_mask(self, tail_mask: Tensor | None, positions: Tensor) -> Any:

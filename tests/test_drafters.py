@@ -162,6 +162,17 @@ def test_combined_learns_whom_to_believe():
     assert paths_of(tree) == {(20,), (20, 21), (20, 21, 22)}
 
 
+def test_combined_stops_proposing_what_never_comes_true():
+    drafter = CombinedDrafter([Fixed(([10, 11, 12], 0.9), ([20], 0.3))])
+    assert drafter.propose(state_of([[1]]), 8).width == 5
+    for _ in range(1200):
+        state = state_of([[1]])
+        drafter.propose(state, 8)
+        state.answers[0] += [5]
+        drafter.propose(state, 8)
+    assert drafter.propose(state_of([[1]]), 8).width == 1
+
+
 def test_combined_hands_on_what_it_observes_and_needs():
     inner = [Fixed(), Fixed()]
     drafter = CombinedDrafter(inner)
@@ -229,6 +240,7 @@ def test_model_drafter_keeps_the_protocol_in_ragged_batches(branching):
         (lambda: PromptLookupDrafter(max_matches=0), "max_matches and max_depth must be at least 1"),
         (lambda: CombinedDrafter([]), "at least one drafter"),
         (lambda: CombinedDrafter(["corpus"]), "Drafter objects, got str"),
+        (lambda: CombinedDrafter([Fixed()], min_prob=1.0), r"min_prob must lie in \[0, 1\), got 1.0"),
         (lambda: ModelDrafter("gpt2"), "PreTrainedModel, got str"),
         (lambda: ModelDrafter(tiny_llama(), depth=0), "depth and branching must be at least 1, got 0 and 1"),
         (lambda: resolve_drafter(3, None), "got 3"),

@@ -319,7 +319,7 @@ def test_a_copy_of_the_target_has_every_draft_accepted(batch, branching):
 
 
 def test_a_draft_model_has_its_own_vision_tower():
-    """The target's encoded pixels do not even fit a drafter of another width: it must encode the clip itself."""
+    """The target's encoded pixels do not fit a drafter of another width: it must encode the clip itself."""
     model = tiny_video_llava(seed=0)
     inputs = video_inputs(model, 2)
     narrow = tiny_video_llava(seed=1, hidden=32, vision_hidden=16, layers=1)

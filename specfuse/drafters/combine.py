@@ -9,7 +9,7 @@ from specfuse.drafters.base import Drafter, DraftState
 from specfuse.tree import TokenTree
 
 _BUCKETS = 16
-_PRIOR_WEIGHT = 8.0
+_PRIOR_WEIGHT = 4.0
 _MEMORY = 4096.0
 
 
@@ -25,15 +25,22 @@ class CombinedDrafter(Drafter):
 
     Args:
         drafters: at least one; a drafter without probabilities is taken to be certain, until calibrated.
+        min_prob: nodes less likely than this are left out: verifying them costs more than they bring. Where
+            nothing can be predicted, calibration ends up below it and the model decodes plainly.
+
+    Raises:
+        ValueError: no drafters, something that is no Drafter, or ``min_prob`` outside [0, 1).
     """
 
-    def __init__(self, drafters: Sequence[Drafter]):
+    def __init__(self, drafters: Sequence[Drafter], *, min_prob: float = 0.01):
         if not drafters:
             raise ValueError("drafters must hold at least one drafter, got an empty list")
         for drafter in drafters:
             if not isinstance(drafter, Drafter):
                 raise ValueError(f"drafters must hold Drafter objects, got {type(drafter).__name__}")
-        self.drafters = list(drafters)
+        if not 0.0 <= min_prob < 1.0:
+            raise ValueError(f"min_prob must lie in [0, 1), got {min_prob}")
+        self.drafters, self.min_prob = list(drafters), min_prob
         self.needs_target = any(drafter.needs_target for drafter in drafters)
         self.calibrations = [_Calibration() for _ in drafters]
 
@@ -68,7 +75,7 @@ class CombinedDrafter(Drafter):
                     probs[merged] = chance
                 place.append(merged)
                 reached.append(chance)
-        return _best_nodes(tokens, parents, probs, max_nodes)
+        return _best_nodes(tokens, parents, probs, max_nodes, self.min_prob)
 
     def _learn_from_last(self, state: DraftState) -> None:
         rows, lengths = state.memory.get(id(self), ([], []))
@@ -134,16 +141,15 @@ class _Calibration:
 
 
 def _best_nodes(
-    tokens: list[int], parents: list[int], probs: list[float], max_nodes: int
+    tokens: list[int], parents: list[int], probs: list[float], max_nodes: int, min_prob: float
 ) -> tuple[list[int], list[int], list[float]]:
     """The root and the ``max_nodes`` most probable nodes; a node never outranks its parent."""
-    if len(tokens) <= max_nodes + 1:
-        return tokens, parents, probs
     bounded = probs[:1]
     for node in range(1, len(tokens)):
         bounded.append(min(probs[node], bounded[parents[node]]))
     # Sorting is stable and parents come first, so equal probabilities keep parents before children.
-    chosen = sorted(range(len(tokens)), key=lambda node: -bounded[node])[: max_nodes + 1]
+    chosen = [node for node in range(len(tokens)) if bounded[node] >= min_prob]
+    chosen = sorted(chosen, key=lambda node: -bounded[node])[: max_nodes + 1]
     chosen.sort()
     place = {node: i for i, node in enumerate(chosen)}
     return (
