@@ -45,18 +45,14 @@ def generate(
     json: bool = typer.Option(False, "--json", help="Print JSON, alone on stdout."),
 ) -> int:
     """Answer a question about a video with exactly the tokens of model.generate, in fewer passes."""
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if "<video>" in question or "<image>" in question:
-        raise UserError("--question must not hold <video> or <image>: the video's place is set by the prompt")
-    if corpus is not None and drafter not in ("auto", "corpus"):
-        raise UserError(f"--corpus belongs to --drafter corpus or auto, not to {drafter!r}")
-    from specfuse.data.video import read_video
+    _check(dtype, question, drafter, corpus)
+    with working(f"reading {video}", shown=not json):
+        from specfuse.data.video import read_video
 
-    clip = read_video(video, frames)
-    with working(f"loading {model}", shown=not json):
-        target, processor, inputs = _load(model, dtype, device, clip, question)
-        make_drafter = _drafter_factory(drafter, corpus, target)
+        clip = read_video(video, frames)
+        import transformers  # noqa: F401 (takes seconds: under the spinner)
+    target, processor, inputs = _load(model, dtype, device, clip, question, progress=not json)
+    make_drafter = _drafter_factory(drafter, corpus, target)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
@@ -84,7 +80,18 @@ def generate(
     return 0 if not compare or report["compare"]["tokens_equal"] else 1
 
 
-def _load(directory: Path, dtype: str, device: str, clip: Any, question: str) -> tuple[Any, Any, Any]:
+def _check(dtype: str, question: str, drafter: str, corpus: Path | None) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if "<video>" in question or "<image>" in question:
+        raise UserError("--question must not hold <video> or <image>: the video's place is set by the prompt")
+    if corpus is not None and drafter not in ("auto", "corpus"):
+        raise UserError(f"--corpus belongs to --drafter corpus or auto, not to {drafter!r}")
+
+
+def _load(
+    directory: Path, dtype: str, device: str, clip: Any, question: str, progress: bool
+) -> tuple[Any, Any, Any]:
     """Returns the model, its processor and the inputs for the question."""
     import torch
     from transformers.utils import logging
@@ -93,7 +100,8 @@ def _load(directory: Path, dtype: str, device: str, clip: Any, question: str) ->
     from specfuse.session import FIRST_TURN
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not (progress and sys.stderr.isatty()):
+        logging.disable_progress_bar()
     where = _device(device)
     # Half precision on a CPU is emulated: slower than float32, and the answer is less exact.
     wanted = "float32" if dtype == "auto" and where.type == "cpu" else dtype
@@ -119,13 +127,9 @@ def _device(name: str) -> Any:
 def _drafter_factory(name: str, corpus: Path | None, target: Any) -> Callable[[], Drafter | None]:
     """Returns what makes a drafter as it is before the first question: what a model holds is loaded once."""
     from specfuse.drafters import CombinedDrafter, CorpusDrafter, ModelDrafter, PromptLookupDrafter
-    from specfuse.ops import native
 
     def remembering() -> CorpusDrafter:
-        try:
-            drafter = CorpusDrafter()
-        except RuntimeError as error:
-            raise UserError(str(error)) from None
+        drafter = CorpusDrafter()
         return drafter.load(corpus) if corpus is not None and corpus.exists() else drafter
 
     if name == "none":
@@ -134,12 +138,6 @@ def _drafter_factory(name: str, corpus: Path | None, target: Any) -> Callable[[]
         return PromptLookupDrafter
     if name == "corpus":
         return remembering
-    if name == "auto" and corpus is None and native.cpu is None:
-        print(
-            "specfuse: note: no native code, drafting by prompt lookup alone (specfuse doctor)",
-            file=sys.stderr,
-        )
-        return PromptLookupDrafter
     if name == "auto":
         return lambda: CombinedDrafter([remembering(), PromptLookupDrafter()])
     if not Path(name).exists():
