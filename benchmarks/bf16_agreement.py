@@ -108,10 +108,7 @@ def main() -> None:
     if arguments.json:
         json.dump(report, sys.stdout)
         return
-    print(
-        f"{len(parted)} of {arguments.models} answers of {arguments.new_tokens} tokens part from
-        model.generate;"
-    )
+    print(f"{len(parted)} of {arguments.models} answers of {arguments.new_tokens} tokens part;")
     print(f"one plain pass over the finished answer parts in {report['control_answers_that_part']}")
     for p in parted:
         gap = f"{p['top2_gap']:.4f} = {p['gap_in_bf16_steps']:.1f} bf16 steps"
