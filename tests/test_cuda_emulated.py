@@ -25,6 +25,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CXX = shutil.which(os.environ.get("CXX", "g++"))
 SOURCES = ["verify_tree_cuda.cu", "compact_kv_cuda.cu", "bindings_cuda.cpp"]
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RULES = {"greedy": {"temperature": 0.0}, "sampled": SAMPLED, "filtered": FILTERED}
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 
 
@@ -61,13 +65,15 @@ def verify(emulated: ModuleType, *args: Tensor) -> tuple[Tensor, ...]:
     return outputs
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
-)
+@pytest.fixture(params=["1", "2"], ids=["order1", "order2"], autouse=True)
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two orders in which the threads of a block run."""
+    monkeypatch.setenv("CUDA_EMULATOR_ORDER", request.param)
+
+
+@dtypes
 @pytest.mark.parametrize("V", [1, 5, 130, 2100])
-@pytest.mark.parametrize(
-    "rule", [{"temperature": 0.0}, SAMPLED, FILTERED], ids=["greedy", "sampled", "filtered"]
-)
+@rules
 def test_verify_tree(emulated: ModuleType, dtype: torch.dtype, V: int, rule: dict[str, float]) -> None:
     generator = torch.Generator().manual_seed(V)
     tokens, parents = random_tree(generator, 4, 9, V)
@@ -91,9 +97,7 @@ def test_verify_tree_rows_of_one_batch_follow_their_own_rules(emulated: ModuleTy
     assert_same(verify(emulated, *args), verify_tree_ref(*args))
 
 
-@pytest.mark.parametrize(
-    "rule", [{"temperature": 0.0}, SAMPLED, FILTERED], ids=["greedy", "sampled", "filtered"]
-)
+@rules
 @pytest.mark.parametrize("broken", [math.nan, -math.inf, math.inf])
 def test_verify_tree_without_a_distribution(
     emulated: ModuleType, rule: dict[str, float], broken: float
@@ -158,8 +162,7 @@ __global__ void diverging(int* out) {
   if (threadIdx.x < 40) __syncthreads();
   out[threadIdx.x] = 0;
 }
-const char* launch(bool diverge, bool barrier, unsigned seed, uintptr_t address) {
-  cuda_emulator::order_seed = seed;
+const char* launch(bool diverge, bool barrier, uintptr_t address) {
   auto out = reinterpret_cast<int*>(address);
   void* arguments[] = {&out, &barrier};
   auto status = diverge ? cudaLaunchKernel(diverging, dim3(1), dim3(64), arguments, 0, nullptr)
@@ -175,6 +178,6 @@ def test_the_emulator_shows_missing_and_diverging_barriers(tmp_path: Path) -> No
     source.write_text(CONTROL)
     control = build("control", [source], tmp_path)
     out, right = torch.zeros(64, dtype=torch.int32), torch.arange(63, -1, -1, dtype=torch.int32)
-    assert control.launch(False, True, 0, out.data_ptr()) == "" and torch.equal(out, right)
-    assert control.launch(False, False, 0, out.data_ptr()) == "" and not torch.equal(out, right)
-    assert "diverged" in control.launch(True, True, 0, out.data_ptr())
+    assert control.launch(False, True, out.data_ptr()) == "" and torch.equal(out, right)
+    assert control.launch(False, False, out.data_ptr()) == "" and not torch.equal(out, right)
+    assert "diverged" in control.launch(True, True, out.data_ptr())

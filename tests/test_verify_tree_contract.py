@@ -117,6 +117,30 @@ def test_the_widest_trees(N: int) -> None:
     assert accepted.path.tolist() == [list(range(N))]
 
 
+@pytest.mark.parametrize(("B", "N"), [(0, 0), (0, 3), (2, 0), (2, 3)])
+def test_empty_trees(B: int, N: int) -> None:
+    """Rows without nodes emit nothing, whatever the width."""
+    tree = TokenTree(torch.zeros(B, N).long(), torch.full((B, N), -1).int(), torch.zeros(B).int())
+    accepted = verify_tree(torch.zeros(B, N, 5), tree)
+    assert accepted.path.shape == accepted.logprobs.shape == (B, N)
+    assert (accepted.path == -1).all() and (accepted.logprobs == 0).all()
+    assert accepted.length.tolist() == [0] * B and accepted.next_token.tolist() == [-1] * B
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_offsets_past_32_bits(dtype: torch.dtype) -> None:
+    """Rows 2**31 elements apart; only the pages that are touched take memory."""
+    try:
+        base = torch.empty(2**31 + 100, dtype=dtype)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for 2**31 elements: {error}")
+    logits = base.as_strided((1, 2, 100), (2**31 + 100, 2**31, 1))
+    logits.zero_()
+    logits[0, 0, 7], logits[0, 1, 99] = 1.0, 1.0
+    accepted = verify_tree(logits, TokenTree.from_chains([0], [[7]]))
+    assert accepted.length.item() == 2 and accepted.next_token.item() == 99
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -149,7 +173,7 @@ def test_values_out_of_range_are_named(argument: str, value: float, given_as: st
         ({"logits": torch.zeros(6, 9, 11, dtype=torch.int64)}, "logits must be .* torch.int64"),
         ({"logits": torch.zeros(6, 9)}, r"logits must be \[B, N, V\]"),
         ({"logits": torch.zeros(6, 9, 0)}, "logits must have"),
-        ({"logits": torch.zeros(6, 1025, 2)}, "1 to 1024 nodes.*1025"),
+        ({"logits": torch.zeros(6, 1025, 2)}, "at most 1024 nodes.*1025"),
         ({"logits": torch.zeros(6, 8, 11)}, r"tokens must be \[6, 8\]"),
         ({"tokens": torch.zeros(6, 9, dtype=torch.int32)}, "tokens must be .*int64.*int32"),
         ({"parents": torch.zeros(6, 9, dtype=torch.int64)}, "parents must be .*int32.*int64"),

@@ -47,8 +47,8 @@ def _check(logits: Tensor, tokens: Tensor, parents: Tensor, num_nodes: Tensor, *
     if logits.dim() != 3 or logits.dtype not in _LOGITS_DTYPES:
         raise ValueError(f"logits must be [B, N, V] float32, float16 or bfloat16, got {_describe(logits)}")
     B, N, V = logits.shape
-    if not 1 <= N <= MAX_NODES or V < 1:
-        raise ValueError(f"logits must have 1 to {MAX_NODES} nodes and a vocabulary, got {_describe(logits)}")
+    if N > MAX_NODES or V < 1:
+        raise ValueError(f"logits must have at most {MAX_NODES} nodes and a token, got {_describe(logits)}")
     expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]]
     expected = [("tokens", tokens, (B, N), torch.int64), ("parents", parents, (B, N), torch.int32)]
     expected.append(("num_nodes", num_nodes, (B,), torch.int32))

@@ -3,8 +3,8 @@
 //
 // Blocks run one after the other; the threads of a block are fibers that switch at barriers and warp
 // shuffles. A barrier that not all threads reach, or a shuffle that not all lanes of a warp reach, is
-// reported as an error. The order in which fibers run is shuffled with a seed, so that results which depend
-// on it differ between seeds.
+// reported as an error. The order in which fibers run is shuffled; CUDA_EMULATOR_ORDER seeds it, so that
+// results which depend on it differ.
 #pragma once
 
 #include <setjmp.h>
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -47,7 +48,6 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_emulator {
 
-inline unsigned order_seed = 0;
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr unsigned kMaxThreads = 1024;
 enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
@@ -174,7 +174,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments...), dim3 grid, dim3 threa
   cuda_emulator::Call<Arguments...> call{kernel, arguments};
   cuda_emulator::block().run = &cuda_emulator::Call<Arguments...>::run;
   cuda_emulator::block().arguments = &call;
-  std::mt19937 random(cuda_emulator::order_seed);
+  const char* order = std::getenv("CUDA_EMULATOR_ORDER");
+  std::mt19937 random(order ? std::atoi(order) : 0);
   gridDim = grid;
   blockDim = threads;
   for (unsigned z = 0; z < grid.z; ++z) {
