@@ -17,6 +17,8 @@ constexpr uint32_t kSeparator = 0xFFFFFFFFu;
 constexpr uint32_t kLastPosition = 0xF0000000u;
 // What a successor known only from other questions counts.
 constexpr float kOtherScope = 0.25f;
+// A successor that is this many times lighter than the heaviest of its context is not asked for.
+constexpr int kLightest = 32;
 // Gates are trained on every token at first and on a sample later, when they hardly move any more.
 constexpr uint64_t kTrainAll = 1 << 14;
 constexpr uint64_t kTrainOneIn = 4;
@@ -85,7 +87,9 @@ void CorpusIndex::gather(const AnswerWindow& window, Gathered* found) const {
     const int parent = kContextKinds[k].parent;
     if (!(present >> k & 1) || (parent >= 0 && !found->has(parent))) continue;
     found->places[k] = table_.find(found->hashes[k], oldest_);
-    if (found->places[k].found) found->add(k, table_.slot(found->places[k].index).last);
+    if (!found->places[k].found) continue;
+    table_.prefetch_list(found->places[k].index);
+    found->add(k, table_.slot(found->places[k].index).last);
   }
   gather_match(window, found);
 }
@@ -131,6 +135,7 @@ void CorpusIndex::evaluate_context(Expert* expert, size_t place, uint16_t scope)
   int count = 0;
   for (int i = 0; i < view.count; ++i) {
     const Successor& s = view.items[i];
+    if (s.weight < view.items[0].weight / kLightest) break;
     const float weight = s.weight * recency(age_in_answers(s.last)) * (s.scopes & scope ? 1.0f : kOtherScope);
     expert->tokens[count] = s.token;
     expert->weights[count] = weight;

@@ -51,6 +51,15 @@ class ContextTable {
   Place find(uint32_t hash, uint32_t oldest) const;
   void prefetch(uint32_t hash) const { __builtin_prefetch(&slots_[home(hash)]); }
 
+  // Asks for the successors of a found place, to be there when view() or add() needs them.
+  void prefetch_list(size_t index) const {
+    const ContextSlot& slot = slots_[index];
+    if (slot.count < 2) return;
+    const char* list = reinterpret_cast<const char*>(&pool_[slot.payload]);
+    const size_t bytes = slot.count * sizeof(Successor);
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(list + line);
+  }
+
   // Reads a found place; `single` holds the successor of a context without a list.
   SuccessorView view(size_t index, Successor* single) const;
   const ContextSlot& slot(size_t index) const { return slots_[index]; }

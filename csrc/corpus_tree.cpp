@@ -12,7 +12,7 @@ constexpr int kLargestTree = 1 << 14;
 // Experts are not asked any more once this little is left to give ...
 constexpr float kNegligible = 1e-3f;
 // ... or this little, where no token they name could enter the tree.
-constexpr float kSettled = 0.02f;
+constexpr float kSettled = 0.1f;
 
 }  // namespace
 
@@ -88,10 +88,11 @@ class CorpusIndex::TreeBuilder {
     index_.gather(window_, &found_);
     count_ = 0;
     ++epoch_;
-    // A share below `least` cannot enter the tree.
+    // A share that is not above `least` cannot enter the tree.
     const float least = threshold() / prob;
-    float rest = 1.0f;
+    float rest = 1.0f, likeliest = 0.0f;
     for (int i = found_.count - 1; i >= 0 && rest > kNegligible; --i) {
+      if (likeliest + rest <= least) return;
       if (rest <= least && rest < kSettled) return;
       Expert& expert = found_.experts[i];
       index_.evaluate(&expert, found_, window_.scope);
@@ -100,25 +101,23 @@ class CorpusIndex::TreeBuilder {
       for (int j = 0; j < expert.count; ++j) {
         const float share = scale * expert.weights[j];
         // What the experts below may add to a token is at most `rest`.
-        add(expert.tokens[j], share, share + rest > least);
+        likeliest = std::max(likeliest, add(expert.tokens[j], share, share + rest > least));
       }
     }
   }
 
-  void add(uint32_t token, float prob, bool newcomers) {
+  // Returns what the token has now; one that is not there yet comes in only where `newcomers` do.
+  float add(uint32_t token, float prob, bool newcomers) {
     for (size_t i = token * 2654435761u >> 22;; i = (i + 1) % kSlots) {
       if (slots_[i] >> 16 != epoch_) {
-        if (!newcomers) return;
+        if (!newcomers) return 0.0f;
         slots_[i] = epoch_ << 16 | count_;
         tokens_[count_] = token;
         probs_[count_++] = prob;
-        return;
+        return prob;
       }
       const uint32_t at = slots_[i] & 0xFFFF;
-      if (tokens_[at] == token) {
-        probs_[at] += prob;
-        return;
-      }
+      if (tokens_[at] == token) return probs_[at] += prob;
     }
   }
 
