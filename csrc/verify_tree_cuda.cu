@@ -252,7 +252,6 @@ __global__ void __launch_bounds__(kThreads) verify_tree_kernel(const VerifyTreeP
     p.path[b * width + i] = -1;
     p.logprobs[b * width + i] = 0.0f;
   }
-  __syncthreads();  // before thread 0 writes over the padding
   int visited = 0, node = num_nodes > 0 ? 0 : -1;
   int64_t token = -1;
   while (node >= 0) {
@@ -261,7 +260,7 @@ __global__ void __launch_bounds__(kThreads) verify_tree_kernel(const VerifyTreeP
     const Row<kDtype> row{static_cast<const char*>(p.logits) + offset * itemsize, p.stride_v, p.V};
     const Emission emission = emit(p, row, b, p.positions[b] + visited + 1);
     token = emission.token;
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0) {  // over the padding, which the barriers in emit come after
       p.path[b * width + visited] = node;
       p.logprobs[b * width + visited] = emission.logprob;
     }

@@ -72,7 +72,7 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @dtypes
-@pytest.mark.parametrize("V", [1, 5, 130, 2100])
+@pytest.mark.parametrize("V", [1, 130, 2100])
 @rules
 def test_verify_tree(emulated: ModuleType, dtype: torch.dtype, V: int, rule: dict[str, float]) -> None:
     generator = torch.Generator().manual_seed(V)
@@ -173,10 +173,14 @@ PYBIND11_MODULE(control, module) { module.def("launch", &launch); }
 """
 
 
-def test_the_emulator_shows_missing_and_diverging_barriers(tmp_path: Path) -> None:
-    source = tmp_path / "control.cu"
-    source.write_text(CONTROL)
-    control = build("control", [source], tmp_path)
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    folder = tmp_path_factory.mktemp("control")
+    (folder / "control.cu").write_text(CONTROL)
+    return build("control", [folder / "control.cu"], folder)
+
+
+def test_the_emulator_shows_missing_and_diverging_barriers(control: ModuleType) -> None:
     out, right = torch.zeros(64, dtype=torch.int32), torch.arange(63, -1, -1, dtype=torch.int32)
     assert control.launch(False, True, out.data_ptr()) == "" and torch.equal(out, right)
     assert control.launch(False, False, out.data_ptr()) == "" and not torch.equal(out, right)

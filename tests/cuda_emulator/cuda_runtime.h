@@ -114,26 +114,34 @@ inline bool release(unsigned first, unsigned last, State state) {
   return true;
 }
 
-// Runs one block to its end; false if its threads wait for each other in vain.
+// Runs one block to its end; false if its threads wait for each other in vain. Warp after warp runs on to the
+// next barrier, in random order: as far ahead of the others as the barriers let it, which is what shows a
+// missing one.
 inline bool run_block(unsigned threads, std::mt19937& random) {
   Block& b = block();
   b.fibers.assign(threads, Fiber{});
-  std::vector<unsigned> order(threads);
-  for (unsigned t = 0; t < threads; ++t) order[t] = t;
-  bool fresh = true;
+  std::vector<unsigned> warps;
+  for (unsigned first = 0; first < threads; first += 32) warps.push_back(first);
+  std::vector<bool> started(threads, false);
   while (true) {
-    std::shuffle(order.begin(), order.end(), random);
-    for (unsigned t : order) {
-      if (b.fibers[t].state == State::kReady) resume(t, fresh);
+    std::shuffle(warps.begin(), warps.end(), random);
+    for (unsigned first : warps) {
+      const unsigned last = std::min(first + 32, threads);
+      std::vector<unsigned> lanes;
+      for (unsigned t = first; t < last; ++t) lanes.push_back(t);
+      do {
+        std::shuffle(lanes.begin(), lanes.end(), random);
+        for (unsigned t : lanes) {
+          if (b.fibers[t].state != State::kReady) continue;
+          const bool fresh = !started[t];
+          started[t] = true;
+          resume(t, fresh);
+        }
+      } while (release(first, last, State::kAtShuffle));
     }
-    fresh = false;
     const auto done = [](const Fiber& f) { return f.state == State::kDone; };
     if (std::all_of(b.fibers.begin(), b.fibers.end(), done)) return true;
-    bool progress = release(0, threads, State::kAtBarrier);
-    for (unsigned w = 0; w < threads; w += 32) {
-      progress |= release(w, std::min(w + 32, threads), State::kAtShuffle);
-    }
-    if (!progress) return false;
+    if (!release(0, threads, State::kAtBarrier)) return false;
   }
 }
 
