@@ -2,19 +2,19 @@
 
     python benchmarks/bench_corpus.py [--tokens 1000000] [--json] [--no-figures]
 
-Speed is measured through the binding, one call per answer or tree, on an index of --tokens tokens; the promises
-are a 32-node tree in at most 50 us (median), 1,000,000 learned tokens/s and 100 bytes per token. Inputs, all but
-the first synthetic:
+Speed is measured through the binding, one call per answer or tree, on an index of --tokens tokens. Promised
+are a 32-node tree in at most 50 us (median), 1,000,000 learned tokens/s and 100 bytes per token. Inputs, all
+but the first synthetic:
 
   real spliced   recorded answers: the beginning of one, the end of another, 3 % of the tokens replaced
   grammar        captions of specfuse.data.make_recording
   random 32000   tokens without any pattern: the worst case for memory
   random 50      the same from a small vocabulary: every short context has many successors
 
-Figures are replayed answers (verify_tree decides, no model runs): cold start, each answer learned after its last
-pass. `file` is the recording's order, `shuffled` the mean of five, `first` and `second` its halves from a cold
-start each, `continued` the second half after learning the first, `frozen` the same without learning on,
-`evidence` with the other model's answer on the same clip as a hint. Recorded data is looked for at
+Figures are replayed answers (verify_tree decides, no model runs): cold start, each answer learned after its
+last pass. `file` is the recording's order, `shuffled` the mean of five, `first` and `second` its halves from
+a cold start each, `continued` the second half after learning the first, `frozen` the same without learning
+on, `evidence` with the other model's answer on the same clip as a hint. Recorded data is looked for at
 ../shared/data (SPECFUSE_SHARED_DATA).
 """
 
@@ -134,9 +134,8 @@ def figures(recording: Recording, nodes: int) -> dict[str, float]:
 
 
 def show(rows: list[dict[str, str | float]], say: Callable[[str], None]) -> None:
-    say(
-        f"{'input':14} {'tokens':>9} {'tree p50':>12} {'p80':>7} {'limit':>6}  {'learn/s':>9} {'limit':>6}  B/token"
-    )
+    titles = f"{'tree p50':>12} {'p80':>7} {'limit':>6}  {'learn/s':>9} {'limit':>6}  B/token"
+    say(f"{'input':14} {'tokens':>9} {titles}")
     for row in rows:
         p50, rate = float(row["propose_us_p50"]), float(row["learn_tokens_per_s"])
         say(

@@ -19,9 +19,11 @@ constexpr uint32_t kLastPosition = 0xF0000000u;
 constexpr float kOtherScope = 0.25f;
 // A successor that is this many times lighter than the heaviest of its context is not asked for.
 constexpr int kLightest = 32;
-// Gates are trained on every token at first and on a sample later, when they hardly move any more.
-constexpr uint64_t kTrainAll = 1 << 14;
-constexpr uint64_t kTrainOneIn = 4;
+// Gates are trained on every token at first and on ever fewer later, when they hardly move any more.
+bool is_training_token(uint64_t observed) {
+  const uint64_t period = observed < (1 << 14) ? 1 : observed < (1 << 17) ? 4 : 16;
+  return observed % period == 0;
+}
 
 int bit_width(uint32_t x) {
   return x == 0 ? 0 : 32 - __builtin_clz(x);
@@ -91,7 +93,6 @@ void CorpusIndex::gather(const AnswerWindow& window, Gathered* found) const {
     table_.prefetch_list(found->places[k].index);
     found->add(k, table_.slot(found->places[k].index).last);
   }
-  gather_match(window, found);
 }
 
 // The most recent occurrence of the longest context found, followed back as far as it agrees.
@@ -172,7 +173,10 @@ void CorpusIndex::learn_token(const AnswerWindow& window, Gathered* found, uint3
                               bool trains) {
   table_.reserve(kContexts, oldest_);
   gather(window, found);
-  if (trains) train(found, window, token);
+  if (trains) {
+    gather_match(window, found);
+    train(found, window, token);
+  }
   const Successor added = {token, position, kWeightOne, scope_bit(window.scope)};
   for (int k = 0; k < kContexts; ++k) {
     const ContextKind& kind = kContextKinds[k];
@@ -212,7 +216,7 @@ void CorpusIndex::observe_locked(const int32_t* tokens, size_t count, uint64_t s
   prepare(window(0), &found[0]);
   for (size_t i = 0; i < count; ++i) {
     if (i + 1 < count) prepare(window(i + 1), &found[(i + 1) % 2]);
-    const bool now = trains && (observed_ < kTrainAll || observed_ % kTrainOneIn == 0);
+    const bool now = trains && is_training_token(observed_);
     learn_token(window(i), &found[i % 2], static_cast<uint32_t>(tokens[i]), start + static_cast<uint32_t>(i),
                 now);
     ++observed_;

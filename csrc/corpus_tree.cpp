@@ -86,6 +86,7 @@ class CorpusIndex::TreeBuilder {
   void blend(float prob) {
     index_.prepare(window_, &found_);
     index_.gather(window_, &found_);
+    index_.gather_match(window_, &found_);
     count_ = 0;
     ++epoch_;
     // A share that is not above `least` cannot enter the tree.

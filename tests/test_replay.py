@@ -1,4 +1,4 @@
-"""Replay: the recording format, counting of passes, the command line, the figures on real recorded answers."""
+"""Replay: the recording format, counting of passes, the command line, the figures on real answers."""
 
 from __future__ import annotations
 
