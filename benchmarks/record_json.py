@@ -24,10 +24,14 @@ COLUMNS = (
 )
 
 
+# Text under these names says where a benchmark ran, which has columns of its own; other text names the case.
+PLACE = {"hardware", "gpu", "device_name", "torch", "triton", "transformers", "python", "date", "commit"}
+
+
 def figures(value: Any, case: str = "", metric: str = "") -> Iterator[tuple[str, str, float]]:
     """Yields (case, metric, number) for every number in a JSON value."""
     if isinstance(value, dict):
-        names = [str(text) for text in value.values() if isinstance(text, str)]
+        names = [text for key, text in value.items() if isinstance(text, str) and key not in PLACE]
         inner = " ".join(filter(None, [case, *names]))
         for key, item in value.items():
             yield from figures(item, inner, f"{metric}.{key}" if metric else str(key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,3 +187,12 @@ def test_files_stay_comfortable() -> None:
         p: len(p.read_text().splitlines()) for p in tracked_files() if p.suffix in suffixes and p.is_file()
     }
     assert {str(p.relative_to(ROOT)): n for p, n in sizes.items() if n > 400} == {}
+
+
+@pytest.mark.parametrize(
+    ("mark", "command"), [("install", "pip install -e ."), ("main", "specfuse "), ("test", "pytest")]
+)
+def test_readme_marks_the_commands_that_ci_runs(mark: str, command: str) -> None:
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(rf"<!-- ci:{mark} -->\s*```\w*\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 1 and command in blocks[0]
