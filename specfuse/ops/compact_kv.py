@@ -70,14 +70,17 @@ def _check_values(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Ten
 
 def _native_call(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> tuple:
     """Arguments of the native functions (see csrc/bindings_cpu.cpp) and what must stay alive meanwhile."""
-    _check(kv, path, length, start)
+    _check((), path, length, start)
     inputs = [t.contiguous() for t in (path, length, start)]
-    table = []
+    B, device, table = path.shape[0], path.device, []
     for t in kv:
-        _, G, Smax, D = t.shape
-        b, g, s, _ = t.stride()
-        size = t.element_size()
-        table.append((t.data_ptr(), b * size, g * size, s * size, G, Smax, D * size))
+        shape, stride, size = t.shape, t.stride(), t.element_size()
+        if len(shape) != 4 or shape[0] != B or stride[3] != 1 or t.device != device or size > 8:
+            _check(
+                kv, path, length, start
+            )  # says what is wrong, if anything is: this loop is the boundary's cost
+        b, g, s, _ = stride
+        table.append((t.data_ptr(), b * size, g * size, s * size, shape[1], shape[2], shape[3] * size))
     return (table, *path.shape, *(t.data_ptr() for t in inputs)), inputs
 
 
