@@ -83,16 +83,19 @@ class TreeForward:
         positions = self._prompt_positions(inputs, length)
         drafted = 0 if tree is None else tree.width - 1
         call = {k: v for k, v in inputs.items() if k not in ("input_ids", "inputs_embeds", "position_ids")}
+        call = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in call.items()}
+        ids = ids.to(self.device)
+        embeds = None if embeds is None else embeds.to(self.device)
         if tree is not None:
             nodes = tree.tokens[:, 1:].to(self.device)
             if embeds is not None:
                 embeds = torch.cat([embeds, self.model.get_input_embeddings()(nodes)], dim=1)
             else:
-                ids = torch.cat([ids.to(self.device), nodes], dim=1)
+                ids = torch.cat([ids, nodes], dim=1)
             positions = torch.cat([positions, self._node_positions(tree, positions[:, -1])[:, 1:]], dim=1)
             call["attention_mask"] = self._prefill_mask(tree, length, filled, positions)
         elif prompt_mask is not None:
-            call["attention_mask"] = prompt_mask
+            call["attention_mask"] = prompt_mask.to(self.device)
         call |= (
             {"inputs_embeds": embeds[:, filled:]} if embeds is not None else {"input_ids": ids[:, filled:]}
         )

@@ -375,3 +375,23 @@ def test_bf16_differs_from_generate_only_at_near_ties():
         step_size = 2.0 ** (math.floor(math.log2(float(top[0].abs()))) - 7)
         assert float(top[0] - top[1]) <= 4 * step_size, f"seed {seed}: {top.tolist()}"
     assert parted < 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu_every_drafter_gives_the_tokens_of_generate(name, batch):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = MODELS[name](seed=1, dtype=torch.float64).to("cuda")
+    inputs = {k: v.to("cuda") for k, v in inputs_for(name, model, batch).items()}
+    expected = plain(model, inputs)
+    oracle = OracleDrafter(answers_of(expected, inputs), vocab=100)
+    for drafter in (None, "auto", oracle, ModelDrafter(model, depth=3, branching=2)):
+        assert torch.equal(speculate(model, inputs, drafter)[0], expected)
+    sampled = {"do_sample": True, "seed": 3, "temperature": 1.2, "top_k": 30, "top_p": 0.95}
+    assert torch.equal(
+        speculate(model, inputs, oracle, **sampled)[0], speculate(model, inputs, None, **sampled)[0]
+    )
+    on_cpu = {k: v.cpu() for k, v in inputs.items()}
+    assert torch.equal(speculate(model, on_cpu, oracle)[0].cpu(), expected.cpu())

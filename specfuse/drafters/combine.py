@@ -47,7 +47,7 @@ class CombinedDrafter(Drafter):
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
         self._learn_from_last(state)
         trees = [drafter.propose(state, max_nodes) for drafter in self.drafters]
-        rows = [[_Row.of(tree, b) for tree in trees] for b in range(state.batch_size)]
+        rows = [list(row) for row in zip(*map(_rows_of, trees), strict=True)]
         state.memory[id(self)] = (rows, [len(answer) for answer in state.answers])
         merged = [self._merge(row, state.root(b), max_nodes) for b, row in enumerate(rows)]
         return TokenTree.from_parents(*map(list, zip(*merged, strict=True)))
@@ -91,17 +91,19 @@ class _Row:
     def __init__(self, tokens: list[int], parents: list[int], chances: list[float]):
         self.tokens, self.parents, self.chances = tokens, parents, chances
 
-    @classmethod
-    def of(cls, tree: TokenTree, b: int) -> _Row:
-        count = int(tree.num_nodes[b])
-        tokens, parents = tree.tokens[b, :count].tolist(), tree.parents[b, :count].tolist()
-        if tree.probs is None:
-            return cls(tokens, parents, [1.0] * count)
-        probs = tree.probs[b, :count].tolist()
-        chances = [1.0] + [
-            min(probs[i] / probs[parents[i]], 1.0) if probs[parents[i]] > 0 else 0.0 for i in range(1, count)
-        ]
-        return cls(tokens, parents, chances)
+
+def _rows_of(tree: TokenTree) -> list[_Row]:
+    rows = zip(tree.tokens.tolist(), tree.parents.tolist(), tree.num_nodes.tolist(), strict=True)
+    if tree.probs is None:
+        return [_Row(tokens[:n], parents[:n], [1.0] * n) for tokens, parents, n in rows]
+    found = []
+    for (tokens, parents, count), probs in zip(rows, tree.probs.tolist(), strict=True):
+        chances = [1.0] * count
+        for node in range(1, count):
+            above = probs[parents[node]]
+            chances[node] = min(probs[node] / above, 1.0) if above > 0 else 0.0
+        found.append(_Row(tokens[:count], parents[:count], chances))
+    return found
 
 
 class _Calibration:
@@ -113,6 +115,7 @@ class _Calibration:
         self.lock = threading.Lock()
 
     def rate(self, claimed: float) -> float:
+        """Calibrated probability of a child that the drafter gives ``claimed``."""
         bucket = min(int(claimed * _BUCKETS), _BUCKETS - 1)
         return (self.hits[bucket] + _PRIOR_WEIGHT * claimed) / (self.trials[bucket] + _PRIOR_WEIGHT)
 
