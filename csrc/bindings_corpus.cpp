@@ -97,7 +97,7 @@ void import_content(CorpusIndex& index, const Tokens& tokens, const Array<int64_
 
 void bind_corpus_index(py::module_& module) {
   py::class_<CorpusIndex>(module, "CorpusIndex")
-      .def(py::init<size_t>(), py::arg("max_tokens"))
+      .def(py::init<size_t, uint32_t>(), py::arg("max_tokens"), py::arg("first_position") = 1)
       .def("observe", &observe, py::arg("tokens"), py::arg("scope") = 0, py::arg("evidence") = 0)
       .def("propose", &propose, py::arg("answer"), py::arg("skipped") = 0, py::arg("scope") = 0,
            py::arg("evidence") = 0, py::arg("max_nodes") = 16, py::arg("max_depth") = 1 << 20)

@@ -69,7 +69,11 @@ int occurrences_bucket(float weight) {
 
 }  // namespace
 
-CorpusIndex::CorpusIndex(size_t max_tokens) : max_tokens_(max_tokens), mixer_(kExperts, kMatchExpert) {}
+CorpusIndex::CorpusIndex(size_t max_tokens, uint32_t first_position)
+    : max_tokens_(max_tokens),
+      mixer_(kExperts, kMatchExpert),
+      history_start_(first_position),
+      oldest_(first_position) {}
 
 float CorpusIndex::age_in_answers(uint32_t last) const {
   return static_cast<float>(static_cast<int32_t>(end() - last)) * answers_per_token_;
@@ -82,7 +86,7 @@ void CorpusIndex::prepare(const AnswerWindow& window, Gathered* found) const {
     if (found->present >> k & 1) table_.prefetch(found->hashes[k]);
 }
 
-void CorpusIndex::gather(const AnswerWindow& window, Gathered* found) const {
+void CorpusIndex::gather(Gathered* found) const {
   found->clear();
   const uint32_t present = found->present;
   for (int k = 0; k < kContexts; ++k) {
@@ -172,7 +176,7 @@ void CorpusIndex::train(Gathered* found, const AnswerWindow& window, uint32_t to
 void CorpusIndex::learn_token(const AnswerWindow& window, Gathered* found, uint32_t token, uint32_t position,
                               bool trains) {
   table_.reserve(kContexts, oldest_);
-  gather(window, found);
+  gather(found);
   if (trains) {
     gather_match(window, found);
     train(found, window, token);

@@ -43,7 +43,8 @@ struct CorpusContent {
 
 class CorpusIndex {
  public:
-  explicit CorpusIndex(size_t max_tokens);
+  // first_position: where positions start to count; only tests of their end set it.
+  explicit CorpusIndex(size_t max_tokens, uint32_t first_position = 1);
 
   // Learns one finished answer; the oldest answers go when more than max_tokens would be kept. Of an answer
   // longer than max_tokens, the end is learned. Token ids are not negative.
@@ -75,7 +76,7 @@ class CorpusIndex {
   class TreeBuilder;
 
   void prepare(const AnswerWindow& window, Gathered* found) const;
-  void gather(const AnswerWindow& window, Gathered* found) const;
+  void gather(Gathered* found) const;
   void gather_match(const AnswerWindow& window, Gathered* found) const;
   void evaluate(Expert* expert, const Gathered& found, uint64_t scope) const;
   void train(Gathered* found, const AnswerWindow& window, uint32_t token);

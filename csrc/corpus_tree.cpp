@@ -85,7 +85,7 @@ class CorpusIndex::TreeBuilder {
   // The next token's probabilities: gates from the most specific expert down, until nothing is left to give.
   void blend(float prob) {
     index_.prepare(window_, &found_);
-    index_.gather(window_, &found_);
+    index_.gather(&found_);
     index_.gather_match(window_, &found_);
     count_ = 0;
     ++epoch_;

@@ -255,6 +255,20 @@ def test_an_answer_longer_than_the_bound_keeps_its_end(new_index):
     assert len(index.propose(ids(3, 4))[0]) == 0 or 5 not in index.propose(ids(3, 4))[0]
 
 
+def test_positions_that_run_out_change_nothing_one_can_see():
+    if native.cpu is None:
+        pytest.skip(f"native module not built: {native.missing.get('cpu')}")
+    fresh, old = native.cpu.CorpusIndex(2_000), native.cpu.CorpusIndex(2_000, first_position=0xF0000000 - 300)
+    rng = np.random.default_rng(6)
+    for i in range(60):
+        answer = rng.integers(0, 5, 20).astype(np.int32)
+        for index in (fresh, old):
+            index.observe(answer, scope=i % 2)
+        a, b = (index.propose(answer[:3], scope=1, max_nodes=16) for index in (fresh, old))
+        assert a[0].tolist() == b[0].tolist() and a[1].tolist() == b[1].tolist(), i
+    assert old.num_tokens == fresh.num_tokens == 1_200
+
+
 # ------------------------------------------------------------- save and load
 
 
