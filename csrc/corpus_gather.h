@@ -5,12 +5,20 @@
 
 namespace specfuse {
 
+// Stands before every answer in the history.
+constexpr uint32_t kSeparator = 0xFFFFFFFFu;
+
+// The Bloom bit of a scope.
+inline uint16_t scope_bit(uint64_t scope) {
+  return static_cast<uint16_t>(1u << ((scope * 0x9E3779B97F4A7C15ull) >> 60));
+}
+
 // One context found in the index, or the longest match.
 struct CorpusIndex::Expert {
   int kind;
   uint32_t last;  // history position of its latest occurrence
   // Filled by evaluate().
-  Evidence evidence;
+  GateInput input;
   float gate, total;
   int count;
   uint32_t tokens[kMaxSuccessors];

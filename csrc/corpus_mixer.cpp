@@ -41,13 +41,12 @@ CorpusMixer::CorpusMixer(int experts, int match_expert) : parameters_(experts * 
   }
 }
 
-float CorpusMixer::gate(int expert, const Evidence& evidence) const {
+float CorpusMixer::gate(int expert, const GateInput& input) const {
   const float* p = &parameters_[expert * kPerExpert];
-  return logistic(p[kBias] + p[kShape + evidence.shape] + p[kAge + evidence.age] +
-                  p[kScope + evidence.same_scope]);
+  return logistic(p[kBias] + p[kShape + input.shape] + p[kAge + input.age] + p[kScope + input.same_scope]);
 }
 
-void CorpusMixer::learn(int count, const int* expert, const Evidence* evidence, const float* share,
+void CorpusMixer::learn(int count, const int* expert, const GateInput* input, const float* share,
                         const float* gate) {
   constexpr int kMaxExperts = 32;
   float below[kMaxExperts];  // p_{k-1} of the token that came
@@ -61,9 +60,9 @@ void CorpusMixer::learn(int count, const int* expert, const Evidence* evidence, 
     const float step = chain * (share[i] - below[i]) * gate[i] * (1.0f - gate[i]);
     float* q = &parameters_[expert[i] * kPerExpert];
     q[kBias] += step;
-    q[kShape + evidence[i].shape] += step;
-    q[kAge + evidence[i].age] += step;
-    q[kScope + evidence[i].same_scope] += step;
+    q[kShape + input[i].shape] += step;
+    q[kAge + input[i].age] += step;
+    q[kScope + input[i].same_scope] += step;
     chain *= 1.0f - gate[i];
   }
 }

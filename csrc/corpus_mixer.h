@@ -8,7 +8,7 @@
 namespace specfuse {
 
 // What a gate knows of one expert (a context found in the index) besides which context it is.
-struct Evidence {
+struct GateInput {
   int shape;       // how sure the context's own statistics are, below kShapes
   int age;         // log2 of the number of answers since the context was last seen, below kAges
   int same_scope;  // 1 if it was seen under the same question
@@ -23,11 +23,11 @@ class CorpusMixer {
 
   explicit CorpusMixer(int experts, int match_expert);
 
-  float gate(int expert, const Evidence& evidence) const;
+  float gate(int expert, const GateInput& input) const;
 
   // One step of gradient ascent on log p of the token that came. Arrays run from the least specific expert.
   // share[i]: what expert i's own statistics gave the token; gate[i]: its gate.
-  void learn(int count, const int* expert, const Evidence* evidence, const float* share, const float* gate);
+  void learn(int count, const int* expert, const GateInput* input, const float* share, const float* gate);
 
   std::vector<float>& parameters() { return parameters_; }
   const std::vector<float>& parameters() const { return parameters_; }

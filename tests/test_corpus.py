@@ -1,24 +1,18 @@
-"""CorpusDrafter and its index: trees, learning, scopes, eviction, save and load, threads, bad input."""
+"""CorpusDrafter and its index: trees, learning, scopes, eviction, threads, bad input."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from corpus_cases import INDEXES, accepted, check_tree, filled, ids, passes_of, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specfuse.drafters import CorpusDrafter, DraftState
-from specfuse.drafters.corpus_fallback import PythonCorpusIndex
 from specfuse.ops import native
-
-INDEXES = {"python": PythonCorpusIndex}
-if native.cpu is not None:
-    INDEXES["native"] = native.cpu.CorpusIndex
 
 
 @pytest.fixture(params=["native", "python"])
@@ -26,50 +20,6 @@ def new_index(request: pytest.FixtureRequest) -> type:
     if request.param not in INDEXES:
         pytest.skip(f"native module not built: {native.missing.get('cpu')}")
     return INDEXES[request.param]
-
-
-def ids(*tokens: int) -> np.ndarray:
-    return np.array(tokens, dtype=np.int32)
-
-
-def check_tree(drafted: tuple[np.ndarray, ...], max_nodes: int, max_depth: int) -> None:
-    """What every proposal must keep, whatever the index holds."""
-    tokens, parents, probs = (array.tolist() for array in drafted)
-    assert len(tokens) == len(parents) == len(probs) <= max_nodes
-    depth: list[int] = []
-    for i, parent in enumerate(parents):
-        assert -1 <= parent < i, (i, parent)
-        depth.append(1 if parent < 0 else depth[parent] + 1)
-        above = 1.0 if parent < 0 else probs[parent]
-        assert 0.0 < probs[i] <= above, (i, probs[i], above)
-    assert max(depth, default=0) <= max_depth
-    assert len(set(zip(parents, tokens, strict=True))) == len(tokens), "duplicate siblings"
-    assert probs == sorted(probs, reverse=True), "not best first"
-
-
-def accepted(drafted: tuple[np.ndarray, ...], truth: list[int]) -> int:
-    """How many tokens of ``truth`` the tree holds as a path from the root."""
-    tokens, parents, _ = (array.tolist() for array in drafted)
-    node, length = -1, 0
-    for i, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-        if parent == node and length < len(truth) and token == truth[length]:
-            node, length = i, length + 1
-    return length
-
-
-def row(answer: list[int], question: list[int], remaining: int = 50, **kwargs: Any) -> DraftState:
-    return DraftState(prompts=[question], answers=[answer], active=[True], remaining=[remaining], **kwargs)
-
-
-def passes_of(drafter: CorpusDrafter, answer: list[int], nodes: int = 16) -> int:
-    """Target passes that the answer takes, the first of them with a tree before any token."""
-    done = passes = 0
-    while done < len(answer):
-        tree = drafter.propose(row(answer[:done], [1], len(answer) - done), nodes)
-        drafted = (tree.tokens[0, 1:].numpy(), tree.parents[0, 1:].numpy() - 1, tree.probs[0, 1:].numpy())
-        done += accepted(drafted, answer[done:]) + 1
-        passes += 1
-    return passes
 
 
 # -------------------------------------------------------------------- trees
@@ -267,111 +217,6 @@ def test_positions_that_run_out_change_nothing_one_can_see():
         a, b = (index.propose(answer[:3], scope=1, max_nodes=16) for index in (fresh, old))
         assert a[0].tolist() == b[0].tolist() and a[1].tolist() == b[1].tolist(), i
     assert old.num_tokens == fresh.num_tokens == 1_200
-
-
-# ------------------------------------------------------------- save and load
-
-
-def filled(max_tokens: int = 100_000) -> CorpusDrafter:
-    drafter = CorpusDrafter(max_tokens)
-    rng = np.random.default_rng(4)
-    for i in range(50):
-        drafter.observe(rng.integers(0, 6, int(rng.integers(1, 40))).tolist(), question=[i % 3])
-    return drafter
-
-
-def proposals(drafter: CorpusDrafter) -> list[Any]:
-    trees = [drafter.propose(row([1, 2, 3][:n], [n % 3]), 24) for n in range(4)]
-    return [(t.tokens.tolist(), t.parents.tolist(), t.probs.tolist()) for t in trees]
-
-
-def test_save_and_load_give_identical_proposals(tmp_path: Path):
-    drafter = filled()
-    drafter.save(tmp_path / "corpus.safetensors")
-    loaded = CorpusDrafter().load(tmp_path / "corpus.safetensors")
-    assert proposals(loaded) == proposals(drafter)
-    assert (len(loaded), loaded.num_tokens) == (len(drafter), drafter.num_tokens)
-    for both in (drafter, loaded):
-        both.observe([1, 2, 3, 4, 5], question=[0])
-    assert proposals(loaded) == proposals(drafter), "and they stay identical while learning on"
-
-
-def test_loading_into_a_smaller_drafter_keeps_the_newest(tmp_path: Path):
-    drafter = filled()
-    drafter.observe([70, 71, 72, 73], question=[0])
-    drafter.save(tmp_path / "corpus.safetensors")
-    small = CorpusDrafter(max_tokens=100).load(tmp_path / "corpus.safetensors")
-    assert 0 < small.num_tokens <= 100
-    assert 71 in small.propose(row([70], [0]), 8).tokens[0].tolist()
-
-
-def test_loading_replaces_the_content_and_clear_forgets_it(tmp_path: Path):
-    filled().save(tmp_path / "corpus.safetensors")
-    drafter = CorpusDrafter()
-    drafter.observe([90, 91, 92], question=[0])
-    drafter.load(tmp_path / "corpus.safetensors")
-    assert 91 not in drafter.propose(row([90], [0]), 32).tokens[0].tolist()
-    drafter.clear()
-    assert (len(drafter), drafter.num_tokens) == (0, 0)
-    assert drafter.propose(row([1, 2], [0]), 8).num_nodes.tolist() == [1]
-
-
-def test_the_native_index_reads_what_the_python_one_saved():
-    if native.cpu is None:
-        pytest.skip(f"native module not built: {native.missing.get('cpu')}")
-    python = PythonCorpusIndex(1000)
-    for _ in range(3):
-        python.observe(ids(1, 2, 3, 4), scope=5, evidence=6)
-    index = native.cpu.CorpusIndex(1000)
-    index.import_content(*python.export_content())
-    assert (index.num_answers, index.num_tokens) == (3, 12)
-    assert accepted(index.propose(ids(1), scope=5), [2, 3, 4]) == 3
-
-
-def test_files_that_are_not_a_saved_drafter_are_refused(tmp_path: Path):
-    from safetensors.numpy import save_file
-
-    with pytest.raises(FileNotFoundError):
-        CorpusDrafter().load(tmp_path / "none.safetensors")
-    (tmp_path / "text").write_text("hello")
-    with pytest.raises(ValueError, match="not a saved CorpusDrafter"):
-        CorpusDrafter().load(tmp_path / "text")
-    save_file({"tokens": ids(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"not written by CorpusDrafter\.save"):
-        CorpusDrafter().load(tmp_path / "other")
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        {"lengths": np.array([3], np.int64)},
-        {"lengths": np.array([-2], np.int64)},
-        {"lengths": np.array([2**62, 2 - 2**62], np.int64)},
-        {"scopes": np.array([], np.uint64)},
-        {"gates": np.zeros(7, np.float32)},
-        {"gates": "nan"},
-        {"tokens": ids(-5, 2)},
-        {"tokens": np.array([1.0, 2.0])},
-    ],
-    ids=lambda broken: "-".join(f"{k}" for k in broken),
-)
-def test_broken_arrays_are_refused_and_change_nothing(tmp_path: Path, broken: dict[str, Any]):
-    from safetensors.numpy import save_file
-
-    if native.cpu is None:
-        pytest.skip(f"native module not built: {native.missing.get('cpu')}")
-    names = ("tokens", "lengths", "scopes", "evidence", "gates")
-    source = native.cpu.CorpusIndex(100)
-    source.observe(ids(1, 2))
-    arrays = dict(zip(names, source.export_content(), strict=True))
-    if isinstance(broken.get("gates"), str):
-        broken = {"gates": np.full_like(arrays["gates"], np.nan)}
-    save_file(arrays | broken, tmp_path / "broken", metadata={"format": "specfuse corpus 1"})
-    drafter = filled()
-    before = proposals(drafter)
-    with pytest.raises(ValueError):
-        drafter.load(tmp_path / "broken")
-    assert proposals(drafter) == before
 
 
 # ------------------------------------------------------------------ threads
