@@ -25,6 +25,7 @@ from verify_tree_cases import (
     verify_oracle,
 )
 
+from specfuse.kernels.philox_ref import uniform
 from specfuse.kernels.verify_tree_ref import filter_logits, verify_tree_ref
 from specfuse.ops import native, verify_tree
 from specfuse.tree import TokenTree
@@ -243,6 +244,22 @@ def test_greedy_ties_go_to_the_lowest_id(dtype: torch.dtype) -> None:
         assert accepted.next_token.item() == ids[0]
     zeros = torch.tensor([[[-1.0, -0.0, 0.0]]], dtype=dtype)  # -0.0 == 0.0
     assert verify_tree(zeros, TokenTree.from_parents([[0]], [[-1]])).next_token.item() == 1
+
+
+def test_sampled_ties_go_to_the_lowest_id() -> None:
+    """Two tokens of equal noise and logit, alone and beside a likelier token with less noise."""
+    u = uniform(torch.tensor(3), torch.tensor(1), torch.arange(32000))
+    values, counts = u.unique(return_counts=True)
+    twins = [(u == value).nonzero().flatten().tolist() for value in values[(counts == 2) & (values > 0.9)]]
+    assert len(twins) >= 2
+    unlucky = int(u.argmin())
+    for first, second in twins:
+        logits = torch.full((1, 1, 32000), -INF)
+        logits[..., [first, second]] = 0.0
+        args = arguments(logits, torch.zeros(1, 1).long(), -torch.ones(1, 1).int(), temperature=1.0, seed=3)
+        assert op(*args)[2].item() == verify_tree_ref(*args)[2].item() == first
+        logits[..., unlucky] = 1.0  # is looked at first, and loses
+        assert op(*args)[2].item() == verify_tree_ref(*args)[2].item() == first
 
 
 def test_float64_is_rounded_to_float32() -> None:
