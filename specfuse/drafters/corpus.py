@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from specfuse.drafters.base import Drafter, DraftState
 from specfuse.drafters.corpus_fallback import PythonCorpusIndex
@@ -68,10 +69,8 @@ class CorpusDrafter(Drafter):
             known = state.memory[id(self)] = [
                 (_scope(state.question(b)), _evidence(hints[b])) for b in range(state.batch_size)
             ]
-        rows = []
+        drafts = []
         for b, (scope, evidence) in enumerate(known):
-            root = state.root(b)
-            depth = state.remaining[b] - 1 if state.active[b] else 0
             answer = state.answers[b]
             drafted = self._index.propose(
                 np.array(answer[-_REACH:], dtype=np.int32),
@@ -79,11 +78,10 @@ class CorpusDrafter(Drafter):
                 scope=scope,
                 evidence=evidence,
                 max_nodes=max_nodes,
-                max_depth=max(depth, 0),
+                max_depth=max(state.remaining[b] - 1, 0) if state.active[b] else 0,
             )
-            rows.append(_as_row(root, drafted, state.vocab_size))
-        tokens, parents, probs = map(list, zip(*rows, strict=True)) if rows else ([], [], [])
-        return TokenTree.from_parents(tokens, parents, probs)
+            drafts.append(_within(state.vocab_size, *drafted))
+        return _as_trees([state.root(b) for b in range(state.batch_size)], drafts)
 
     # ---------------------------------------------------------------- learning
 
@@ -175,23 +173,32 @@ def _read(path: Path) -> list[np.ndarray]:
     return arrays
 
 
-def _as_row(
-    root: int, drafted: tuple[np.ndarray, np.ndarray, np.ndarray], vocab_size: int | None
-) -> tuple[list[int], list[int], list[float]]:
-    """A drafted tree behind its root; ids that the target does not have are dropped with all below them."""
-    tokens, parents, probs = drafted
-    row = ([root, *tokens.tolist()], [-1, *(parents + 1).tolist()], [1.0, *probs.tolist()])
+def _within(
+    vocab_size: int | None, tokens: np.ndarray, parents: np.ndarray, probs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The draft without ids that the target does not have, and without what hangs below them."""
     if vocab_size is None or not (tokens >= vocab_size).any():
-        return row
-    kept = {0: 0}
-    for node in range(1, len(row[0])):
-        if row[0][node] < vocab_size and row[1][node] in kept:
-            kept[node] = len(kept)
-    return (
-        [row[0][node] for node in kept],
-        [-1 if node == 0 else kept[row[1][node]] for node in kept],
-        [row[2][node] for node in kept],
-    )
+        return tokens, parents, probs
+    place = {-1: -1}
+    for node, (token, parent) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
+        if token < vocab_size and parent in place:
+            place[node] = len(place) - 1
+    kept = list(place)[1:]
+    return tokens[kept], np.array([place[parents[node]] for node in kept], dtype=np.int32), probs[kept]
+
+
+def _as_trees(roots: list[int], drafts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> TokenTree:
+    """Drafts behind their roots, padded to the widest."""
+    counts = np.array([1 + len(tokens) for tokens, _, _ in drafts], dtype=np.int32)
+    shape = (len(drafts), int(counts.max(initial=0)))
+    tree_tokens = np.zeros(shape, dtype=np.int64)
+    tree_parents = np.full(shape, -1, dtype=np.int32)
+    tree_probs = np.zeros(shape, dtype=np.float32)
+    for b, (root, (tokens, parents, probs)) in enumerate(zip(roots, drafts, strict=True)):
+        tree_tokens[b, 0], tree_tokens[b, 1 : counts[b]] = root, tokens
+        tree_parents[b, 1 : counts[b]] = parents + 1
+        tree_probs[b, 0], tree_probs[b, 1 : counts[b]] = 1.0, probs
+    return TokenTree(*map(torch.from_numpy, (tree_tokens, tree_parents, counts, tree_probs)))
 
 
 def _ids(name: str, tokens: Sequence[int]) -> np.ndarray:
