@@ -23,6 +23,7 @@ from specfuse.answers import Answers
 from specfuse.arguments import check_arguments, check_config, with_stop_strings
 from specfuse.drafters import Drafter, DraftState, resolve_drafter, root_only
 from specfuse.drafters.guard import leave_out_finished, without_foreign_tokens
+from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
 from specfuse.stats import Clock, GenerationStats
 from specfuse.tree import TokenTree
@@ -152,9 +153,10 @@ class SpeculativeGenerator:
         run = GenerationRun(
             model, answers, generation_config, logits_processor, model_kwargs, request, self.max_nodes
         )
+        pace = Backoff()
         drafts_first = self.drafter is not None and not self.drafter.needs_target
 
-        tree = self._propose(run.state) if drafts_first else root_only(run.state)
+        tree = self._propose(run.state, pace) if drafts_first else root_only(run.state)
         stats.draft_ms += clock.lap()
         logits, tree = run.prefill(tree)
         verified = verify(logits, tree, run.choice, run.root_positions, run.sequences())
@@ -166,7 +168,9 @@ class SpeculativeGenerator:
             stats.commit_ms += clock.lap()
             if not any(answers.running):
                 break
-            tree = self._propose(run.state)
+            if tree.width > 1:
+                pace.learn(accepted=sum(length - 1 for length in committed[1] if length))
+            tree = self._propose(run.state, pace)
             stats.draft_ms += clock.lap()
             positions = run.root_positions
             logits = run.target.forward_tree(tree, positions)
@@ -178,8 +182,8 @@ class SpeculativeGenerator:
         self.last_stats = stats
         return run.result(stats)
 
-    def _propose(self, state: DraftState) -> TokenTree:
-        if self.drafter is None or max(state.remaining, default=0) <= 1:
+    def _propose(self, state: DraftState, pace: Backoff) -> TokenTree:
+        if self.drafter is None or max(state.remaining, default=0) <= 1 or pace.rests():
             return leave_out_finished(root_only(state), state)
         tree = self.drafter.propose(state, self.max_nodes)
         return leave_out_finished(without_foreign_tokens(tree, state), state)
