@@ -30,6 +30,17 @@ def test_save_and_load_give_identical_proposals(tmp_path: Path):
     assert proposals(loaded) == proposals(drafter), "and they stay identical while learning on"
 
 
+def test_saving_replaces_a_file_and_leaves_no_other_behind(tmp_path: Path):
+    drafter = CorpusDrafter()
+    for _ in range(2):
+        drafter.observe([5, 6, 7], question=[1])
+        drafter.save(tmp_path / "corpus.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus.safetensors"]
+    assert len(CorpusDrafter().load(tmp_path / "corpus.safetensors")) == 2
+    with pytest.raises(OSError):
+        drafter.save(tmp_path / "missing" / "corpus.safetensors")
+
+
 def test_loading_into_a_smaller_drafter_keeps_the_newest(tmp_path: Path):
     drafter = filled()
     drafter.observe([70, 71, 72, 73], question=[0])

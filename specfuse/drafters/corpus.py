@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 from array import array
 from collections.abc import Sequence
 from os import PathLike
@@ -136,10 +138,17 @@ class CorpusDrafter(Drafter):
 
         Questions are stored as hashes. The answers themselves are readable token ids.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         arrays = dict(zip(_ARRAYS, self._index.export_content(), strict=True))
-        save_file(arrays, Path(path), metadata={"format": _FORMAT})
+        # Written beside its place first: a file that was there stays whole until the new one is.
+        target = Path(path)
+        unfinished = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            unfinished.write_bytes(save(arrays, metadata={"format": _FORMAT}))
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def load(self, path: str | PathLike[str]) -> CorpusDrafter:
         """Replaces the content by that of a file written by :meth:`save`; returns this object.
