@@ -6,7 +6,7 @@ from __future__ import annotations
 class Backoff:
     """Skips drafting after passes in which no draft was accepted; any accepted draft ends it.
 
-    After ``patience`` such passes in a row the next pass goes undrafted, after the next failure 2 passes, then 4,
+    After ``patience`` such passes in a row the next one goes undrafted, after the next failure 2 do, then 4,
     up to ``longest``. Where nothing can be predicted, one pass in ``longest + 1`` pays for a draft.
 
     Source: binary exponential backoff, Metcalfe and Boggs, "Ethernet", Communications of the ACM, 1976.
