@@ -70,7 +70,7 @@ def verify_tree_ref(
     next_token = torch.full((B,), -1, dtype=torch.int64)
     logprobs = torch.zeros(B, N)
     # Parameters are read on the host: this is the definition, not the fast path.
-    tokens, parents, counts = tokens.tolist(), parents.tolist(), num_nodes.tolist()
+    held, above, counts = tokens.tolist(), parents.tolist(), num_nodes.tolist()
     rules = list(zip(temperature.tolist(), top_k.tolist(), top_p.tolist(), min_p.tolist(), strict=True))
     for b in range(B):
         node = 0 if counts[b] else None
@@ -80,7 +80,7 @@ def verify_tree_ref(
             length[b] += 1
             token, logprobs[b, depth] = emit(logits[b, node], *rules[b], seed[b], positions[b] + depth + 1)
             next_token[b] = token
-            children = (c for c in range(node + 1, counts[b]) if parents[b][c] == node)
-            node = next((c for c in children if token >= 0 and tokens[b][c] == token), None)
+            children = (c for c in range(node + 1, counts[b]) if above[b][c] == node)
+            node = next((c for c in children if token >= 0 and held[b][c] == token), None)
     device = logits.device
     return path.to(device), length.to(device), next_token.to(device), logprobs.to(device)

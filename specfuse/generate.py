@@ -168,8 +168,8 @@ class SpeculativeGenerator:
             stats.commit_ms += clock.lap()
             if not any(answers.running):
                 break
-            if tree.width > 1:
-                pace.learn(accepted=sum(length - 1 for length in committed[1] if length))
+            if pace.asked:
+                pace.learn(sum(length - 1 for length in committed[1] if length), tree.width - 1)
             tree = self._propose(run.state, pace)
             stats.draft_ms += clock.lap()
             positions = run.root_positions

@@ -7,7 +7,8 @@ class Backoff:
     """Skips drafting after passes in which no draft was accepted; any accepted draft ends it.
 
     After ``patience`` such passes in a row the next one goes undrafted, after the next failure 2 do, then 4,
-    up to ``longest``. Where nothing can be predicted, one pass in ``longest + 1`` pays for a draft.
+    up to ``longest``. Where nothing can be predicted, one pass in ``longest + 1`` pays for a draft. A
+    drafter that had nothing to propose is asked again sooner, after at most ``longest // 4`` passes.
 
     Source: binary exponential backoff, Metcalfe and Boggs, "Ethernet", Communications of the ACM, 1976.
     """
@@ -16,19 +17,20 @@ class Backoff:
         self.patience, self.longest = patience, longest
         self.failures = 0
         self.resting = 0
+        self.asked = False
 
     def rests(self) -> bool:
         """True where the coming pass should go undrafted."""
-        if not self.resting:
-            return False
-        self.resting -= 1
-        return True
+        self.asked = self.resting == 0
+        self.resting -= self.resting > 0
+        return not self.asked
 
-    def learn(self, accepted: int) -> None:
-        """Takes how many drafts a drafted pass had accepted, all rows together."""
+    def learn(self, accepted: int, drafted: int = 1) -> None:
+        """Takes what asking the drafter came to: drafts accepted and made in that pass, all rows."""
         if accepted:
             self.failures = 0
             return
         self.failures += 1
         if self.failures >= self.patience:
-            self.resting = min(2 ** (self.failures - self.patience), self.longest)
+            longest = self.longest if drafted else self.longest // 4
+            self.resting = min(2 ** (self.failures - self.patience), longest)

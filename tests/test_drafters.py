@@ -144,6 +144,12 @@ def test_combined_keeps_the_most_probable_nodes_of_all():
     assert paths_of(tree) == {(20,), (20, 21), (20, 21, 22), (10,)}
 
 
+def test_combined_does_not_bother_with_a_tree_that_gains_nothing():
+    weak = Fixed(([10], 0.04), ([11], 0.05))
+    assert CombinedDrafter([weak]).propose(state_of([[1]]), 4).width == 1
+    assert CombinedDrafter([weak], min_gain=0.05).propose(state_of([[1]]), 4).width == 3
+
+
 def test_combined_merges_equal_paths():
     tree = CombinedDrafter([Fixed(([10, 11], 0.5)), Fixed(([10, 12], 0.6))]).propose(state_of([[1]]), 8)
     assert paths_of(tree) == {(10,), (10, 11), (10, 12)}
@@ -241,6 +247,7 @@ def test_model_drafter_keeps_the_protocol_in_ragged_batches(branching):
         (lambda: CombinedDrafter([]), "at least one drafter"),
         (lambda: CombinedDrafter(["corpus"]), "Drafter objects, got str"),
         (lambda: CombinedDrafter([Fixed()], min_prob=1.0), r"min_prob must lie in \[0, 1\), got 1.0"),
+        (lambda: CombinedDrafter([Fixed()], min_gain=-1), "min_gain must not be negative, got -1"),
         (lambda: ModelDrafter("gpt2"), "PreTrainedModel, got str"),
         (lambda: ModelDrafter(tiny_llama(), depth=0), "depth and branching must be at least 1, got 0 and 1"),
         (lambda: resolve_drafter(3, None), "got 3"),

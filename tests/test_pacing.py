@@ -37,6 +37,15 @@ def test_one_accepted_draft_ends_it():
     ]
 
 
+def test_a_silent_drafter_is_asked_again_sooner():
+    silent = Backoff(patience=1, longest=16)
+    rests = []
+    for _ in range(6):
+        silent.learn(accepted=0, drafted=0)
+        rests.append(sum(1 for _ in iter(silent.rests, False)))
+    assert rests == [1, 2, 4, 4, 4, 4]
+
+
 def test_success_never_rests():
     assert all(drafted_passes(Backoff(), [1] * 40))
 

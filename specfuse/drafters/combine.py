@@ -28,11 +28,14 @@ class CombinedDrafter(Drafter):
         min_prob: nodes less likely than this are left out: verifying them costs more than they bring. Where
             nothing can be predicted, calibration ends up below it and the model decodes plainly.
 
+        min_gain: a tree expected to gain fewer tokens than this is not proposed at all.
+
     Raises:
-        ValueError: no drafters, something that is no Drafter, or ``min_prob`` outside [0, 1).
+        ValueError: no drafters, something that is no Drafter, ``min_prob`` outside [0, 1), negative
+            ``min_gain``.
     """
 
-    def __init__(self, drafters: Sequence[Drafter], *, min_prob: float = 0.01):
+    def __init__(self, drafters: Sequence[Drafter], *, min_prob: float = 0.01, min_gain: float = 0.1):
         if not drafters:
             raise ValueError("drafters must hold at least one drafter, got an empty list")
         for drafter in drafters:
@@ -40,7 +43,9 @@ class CombinedDrafter(Drafter):
                 raise ValueError(f"drafters must hold Drafter objects, got {type(drafter).__name__}")
         if not 0.0 <= min_prob < 1.0:
             raise ValueError(f"min_prob must lie in [0, 1), got {min_prob}")
-        self.drafters, self.min_prob = list(drafters), min_prob
+        if min_gain < 0:
+            raise ValueError(f"min_gain must not be negative, got {min_gain}")
+        self.drafters, self.min_prob, self.min_gain = list(drafters), min_prob, min_gain
         self.needs_target = any(drafter.needs_target for drafter in drafters)
         self.calibrations = [_Calibration() for _ in drafters]
 
@@ -75,7 +80,9 @@ class CombinedDrafter(Drafter):
                     probs[merged] = chance
                 place.append(merged)
                 reached.append(chance)
-        return _best_nodes(tokens, parents, probs, max_nodes, self.min_prob)
+        best = _best_nodes(tokens, parents, probs, max_nodes, self.min_prob)
+        # The root counts 1; the other nodes' probabilities add up to the tokens the tree is expected to gain.
+        return best if sum(best[2]) - 1.0 >= self.min_gain else ([root], [-1], [1.0])
 
     def _learn_from_last(self, state: DraftState) -> None:
         rows, lengths = state.memory.get(id(self), ([], []))
