@@ -182,6 +182,8 @@ class TokenTree(NamedTuple):
 
     def to(self, device: torch.device | str) -> TokenTree:
         """The same trees with every tensor on ``device``."""
+        if self.tokens.device == torch.device(device):
+            return self
         moved = [None if x is None else x.to(device, non_blocking=True) for x in self]
         return TokenTree(*moved)  # type: ignore[arg-type]
 

@@ -20,8 +20,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from specfuse.ops.verify_tree import AcceptedPath, verify_tree
+from specfuse.ops.verify_tree import AcceptedPath
 from specfuse.tree import TokenTree
+
+_verify_tree = torch.ops.specfuse.verify_tree.default
 
 # The order in which verify_tree applies its filters, which is the order Hugging Face builds them in.
 _FUSED = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -57,14 +59,16 @@ class TokenChoice:
     keep_logits: bool = False
 
     def __post_init__(self) -> None:
-        # As tensors on the device, so that a step does not build and move them again.
-        device = self.seeds.device
-        self.settings = {
-            "temperature": torch.tensor([self.temperature], dtype=torch.float32, device=device),
-            "top_k": torch.tensor([self.top_k], dtype=torch.int32, device=device),
-            "top_p": torch.tensor([self.top_p], dtype=torch.float32, device=device),
-            "min_p": torch.tensor([self.min_p], dtype=torch.float32, device=device),
-        }
+        # One value per row, on the device, made once: a step only hands them on.
+        self.rules = tuple(
+            torch.full(self.seeds.shape, value, dtype=dtype, device=self.seeds.device)
+            for value, dtype in (
+                (self.temperature, torch.float32),
+                (self.top_k, torch.int32),
+                (self.top_p, torch.float32),
+                (self.min_p, torch.float32),
+            )
+        )
 
     @classmethod
     def from_config(
@@ -91,7 +95,21 @@ class TokenChoice:
 
     def pick(self, logits: Tensor, tree: TokenTree, positions: Tensor, seeds: Tensor) -> AcceptedPath:
         """The fused op with these settings; ``positions [B]`` is the roots' absolute position."""
-        return verify_tree(logits, tree, **self.settings, seed=seeds, positions=positions)
+        if logits.dtype == torch.float64:
+            logits = logits.float()
+        rules = self.rules
+        if logits.shape[0] != len(rules[0]):
+            rules = tuple(rule[:1].expand(logits.shape[0]) for rule in rules)
+        outputs = _verify_tree(
+            logits,
+            tree.tokens,
+            tree.parents,
+            tree.num_nodes,
+            *rules,
+            seeds.to(logits.device),
+            positions.to(logits.device),
+        )
+        return AcceptedPath(*outputs)
 
 
 class RowPrefixConstraint:

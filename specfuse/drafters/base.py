@@ -90,6 +90,10 @@ class Drafter:
 def root_only(state: DraftState) -> TokenTree:
     """Trees that propose nothing: plain decoding for this pass."""
     batch = state.batch_size
+    # Plain decoding asks for this every token; only the roots change.
+    unchanged = state.memory.get(0)
+    if unchanged is None:
+        parents = torch.full((batch, 1), -1, dtype=torch.int32)
+        unchanged = state.memory[0] = (parents, torch.ones(batch, dtype=torch.int32))
     roots = torch.tensor([state.root(b) for b in range(batch)], dtype=torch.int64).reshape(batch, 1)
-    parents = torch.full((batch, 1), -1, dtype=torch.int32)
-    return TokenTree(roots, parents, torch.ones(batch, dtype=torch.int32))
+    return TokenTree(roots, *unchanged)
