@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from specfuse.tree import TokenTree as TokenTree
     from specfuse.vision_cache import VisionCache as VisionCache
     from specfuse.vision_cache import patch as patch
+    from specfuse.vision_cache import patched as patched
     from specfuse.vision_cache import unpatch as unpatch
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ _HOME = {
     "custom_generate": "specfuse.generate",
     "generate": "specfuse.generate",
     "patch": "specfuse.vision_cache",
+    "patched": "specfuse.vision_cache",
     "unpatch": "specfuse.vision_cache",
     "verify_tree": "specfuse.ops.verify_tree",
 }
