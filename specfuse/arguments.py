@@ -89,7 +89,10 @@ def row_seeds(seed: int | Sequence[int] | Tensor | None, batch: int, do_sample: 
         seed = int(torch.randint(2**62, ()))
     if isinstance(seed, int):
         return torch.arange(batch, dtype=torch.int64) + seed
-    seeds = torch.as_tensor(seed, dtype=torch.int64).cpu()
+    try:
+        seeds = torch.as_tensor(seed, dtype=torch.int64).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"seed must be an int or {batch} ints (one per row), got {seed!r}") from None
     if tuple(seeds.shape) != (batch,):
         raise ValueError(f"seed must be an int or {batch} ints (one per row), got shape {tuple(seeds.shape)}")
     return seeds

@@ -22,7 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specfuse.answers import Answers
 from specfuse.arguments import check_arguments, check_config, with_stop_strings
 from specfuse.drafters import Drafter, DraftState, resolve_drafter, root_only
-from specfuse.drafters.guard import leave_out_finished, without_foreign_tokens
+from specfuse.drafters.guard import checked, leave_out_finished, without_foreign_tokens
 from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
 from specfuse.stats import Clock, GenerationStats
@@ -173,7 +173,7 @@ class SpeculativeGenerator:
             tree = self._propose(run.state, pace)
             stats.draft_ms += clock.lap()
             positions = run.root_positions
-            logits = run.target.forward_tree(tree, positions)
+            logits = run.target.forward_tree(tree, run.root_ids)
             verified = verify(logits, tree, run.choice, positions, run.sequences())
             committed = run.read(verified)
             stats.verify_ms += clock.lap()
@@ -185,7 +185,7 @@ class SpeculativeGenerator:
     def _propose(self, state: DraftState, pace: Backoff) -> TokenTree:
         if self.drafter is None or max(state.remaining, default=0) <= 1 or pace.rests():
             return leave_out_finished(root_only(state), state)
-        tree = self.drafter.propose(state, self.max_nodes)
+        tree = checked(self.drafter.propose(state, self.max_nodes), state, self.max_nodes, self.drafter)
         return leave_out_finished(without_foreign_tokens(tree, state), state)
 
     def _learn(self, state: DraftState) -> None:

@@ -129,7 +129,7 @@ class TreeCache(Cache):
     def keep_path(self, path: Tensor, length: Tensor, root_slots: list[int]) -> None:
         """Moves each row's accepted nodes behind its root: node path[b, i] to slot root_slots[b] + i."""
         buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
-        start = torch.tensor(root_slots, dtype=torch.int32, device=path.device)
+        start = torch.tensor(root_slots, dtype=torch.int64, device=path.device)
         compact_kv(buffers, path, length, start)
 
     def load(self, past: Cache) -> int:

@@ -47,19 +47,20 @@ class GenerationRun:
         batch = answers.input_ids.shape[0]
         longest = max(answers.remaining(), default=0)
         capacity = self.prompt_length + min(longest, RESERVED_ANSWER) + max_nodes + 1
-        last_position = self.prompt_length + longest - 1
-        self.target = TreeForward(model, batch, capacity, max_position=last_position)
+        # Noise counts real tokens only: padding changes nothing. The model gets the caller's positions.
+        if self.prompt_mask is None:
+            self._first_root = torch.full((batch,), self.prompt_length - 1, dtype=torch.int64)
+        else:
+            self._first_root = self.prompt_mask.sum(dim=1).to("cpu", torch.int64) - 1
+        given = model_kwargs.get("position_ids")
+        self._first_id = self._first_root if given is None else given[..., -1].to("cpu").expand(batch)
+        last_id = int(self._first_id.max()) + longest if batch else 0
+        self.target = TreeForward(model, batch, capacity, max_position=last_id)
         seeds = row_seeds(request["seed"], batch, config.do_sample).to(model.device)
         self.choice = TokenChoice.from_config(processors, config, seeds, batch)
         self.state = self._draft_state(request)
         self.scores: list[list[Tensor]] = [[] for _ in range(batch)]
         self.logits: list[list[Tensor]] = [[] for _ in range(batch)]
-        # Noise and rotary positions count real tokens only, so that padding changes nothing.
-        if self.prompt_mask is None:
-            first_root = torch.full((batch,), self.prompt_length - 1, dtype=torch.int64)
-        else:
-            first_root = self.prompt_mask.sum(dim=1).to("cpu", torch.int64) - 1
-        self._first_root = first_root
 
     def _draft_state(self, request: Mapping[str, Any]) -> DraftState:
         prompts = self.answers.prompts
@@ -93,6 +94,11 @@ class GenerationRun:
     def root_positions(self) -> Tensor:
         """[B] absolute position of each row's last committed token."""
         return self._first_root + torch.tensor([len(answer) for answer in self.answers.answers])
+
+    @property
+    def root_ids(self) -> Tensor:
+        """[B] position id of each row's last committed token, as the model counts."""
+        return self._first_id + torch.tensor([len(answer) for answer in self.answers.answers])
 
     def sequences(self) -> list[list[int]]:
         if self.choice.processors is None:
@@ -155,6 +161,7 @@ class GenerationRun:
         sequences = self.answers.sequences()
         if not self.config.return_dict_in_generate:
             return sequences
+        self._fill_finished_rows(sequences)
         output = GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=self._columns(self.scores, padding=True) if self.choice.keep_scores else None,
@@ -163,6 +170,21 @@ class GenerationRun:
         )
         output.stats = stats
         return output
+
+    def _fill_finished_rows(self, sequences: Tensor) -> None:
+        """Computes the KV of finished rows' padding, so that the returned cache is filled in every row."""
+        goal = self.prompt_length + self.answers.width - 1
+        cached = [length - self.prompt_length for length in self.target.cache.lengths]
+        longest = self.answers.width - 1 - min(cached, default=0)
+        if longest <= 0:
+            return
+        answers = sequences[:, sequences.shape[1] - self.answers.width :].tolist()
+        missing = [row[count:-1] for row, count in zip(answers, cached, strict=True)]
+        tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in missing])
+        positions = self.root_ids[:, None] + torch.arange(longest)
+        causal = torch.ones(longest, longest, dtype=torch.bool).tril().expand(len(missing), -1, -1)
+        self.target.forward(tokens, positions, causal)
+        self.target.cache.set_lengths([goal] * len(missing))
 
     def _columns(self, rows: list[list[Tensor]], padding: bool) -> tuple[Tensor, ...]:
         """Per-row lists -> a tuple of [B, V], one per column. A finished row is certain of its padding."""

@@ -258,6 +258,12 @@ def _mask_layout(model: PreTrainedModel, config: Any) -> _MaskLayout:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"model {name} is an encoder-decoder, only decoder-only models can be accelerated")
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    if len(devices) > 1:
+        raise ValueError(
+            f"model {name} is split over devices {sorted(map(str, devices))}; only models on one device can "
+            "be accelerated so far"
+        )
     implementation = config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise ValueError(

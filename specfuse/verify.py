@@ -83,7 +83,7 @@ class TokenChoice:
             fused |= _fused_setting(warper)
         rest = LogitsProcessorList(_rowwise(p) for p in processors[:split])
         return cls(
-            rest or None,
+            rest if rest or keep_scores else None,
             fused["temperature"],
             int(fused.get("top_k", 0)),
             fused.get("top_p", 1.0),
@@ -97,7 +97,7 @@ class TokenChoice:
         """The fused op with these settings; ``positions [B]`` is the roots' absolute position."""
         if logits.dtype == torch.float64:
             logits = logits.float()
-        rules = self.rules
+        rules = tuple(rule.to(logits.device) for rule in self.rules)
         if logits.shape[0] != len(rules[0]):
             rules = tuple(rule[:1].expand(logits.shape[0]) for rule in rules)
         outputs = _verify_tree(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scripted_drafters import OracleChainDrafter, RandomTreeDrafter
 from tiny_models import tiny_llama
 
+import specfuse
 from specfuse import CombinedDrafter, CorpusDrafter, Drafter, DraftState, ModelDrafter, PromptLookupDrafter
 from specfuse.drafters import auto_drafter, resolve_drafter, root_only
 from specfuse.tree import TokenTree
@@ -291,3 +292,30 @@ def test_root_only_proposes_nothing():
     tree = root_only(state_of([[1, 2], [3]]))
     assert tree.tokens.tolist() == [[2], [3]]
     tree.validate()
+
+
+class Returns(Drafter):
+    """Proposes whatever it was given."""
+
+    def __init__(self, tree):
+        self.tree = tree
+
+    def propose(self, state, max_nodes):
+        return self.tree
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (None, "drafter Returns returned NoneType, not a TokenTree"),
+        (TokenTree.from_chains([99], [[5]]), "row 0 with root 99 and 2 nodes, its root is"),
+        (TokenTree.from_chains([1, 1], [[5], [6]]), r"trees of shape \(2, 2\) for 1 rows"),
+        (TokenTree.from_chains([1], [[5] * 40]), r"trees of shape \(1, 41\) .* at most 32 nodes"),
+        (TokenTree.from_parents([[1, 4, 4]], [[-1, 0, 0]]), "a bad tree: row 0: duplicate siblings"),
+        (TokenTree.from_parents([[1, 4]], [[-1, 7]]), "a bad tree: .* is not a node"),
+    ],
+)
+def test_a_malformed_tree_is_refused_with_the_drafters_name(tree, message):
+    """A wrong root would change the answer; the rest would end in errors that do not say whose they are."""
+    with pytest.raises(ValueError, match=message):
+        specfuse.generate(tiny_llama(), Returns(tree), input_ids=torch.tensor([[1, 5, 6]]), max_new_tokens=6)

@@ -209,7 +209,8 @@ def test_streamer_gets_what_generate_streams(batch):
     assert [put.tolist() for put in ours.puts] == [put.tolist() for put in theirs.puts]
 
 
-def test_scores_and_logits(batch):
+@pytest.mark.parametrize("processors", [{}, {"repetition_penalty": 1.4}], ids=["none", "penalty"])
+def test_scores_and_logits(batch, processors):
     model = tiny_llama(seed=0, dtype=torch.float64)
     inputs = random_prompts(model, batch)
     kwargs = {
@@ -217,7 +218,7 @@ def test_scores_and_logits(batch):
         "return_dict_in_generate": True,
         "output_scores": True,
         "output_logits": True,
-        "repetition_penalty": 1.4,
+        **processors,
     }
     expected = model.generate(**inputs, **kwargs)
     got = run(model, inputs, expected.sequences, **kwargs)
@@ -316,6 +317,7 @@ def test_unsupported_arguments_are_refused_by_name(kwargs):
         ({"max_nodes": 0}, "max_nodes must be an int from 1 to 1023, got 0"),
         ({"max_nodes": 2.5}, "max_nodes must be an int from 1 to 1023, got 2.5"),
         ({"seed": [1, 2, 3]}, "seed must be an int or 1 ints"),
+        ({"seed": "a"}, "seed must be an int or 1 ints .* got 'a'"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -330,6 +332,35 @@ def test_stop_strings_need_a_tokenizer():
     model = tiny_llama(seed=0)
     with pytest.raises(ValueError, match=r"stop_strings=.* tokenizer"):
         specfuse.generate(model, None, **random_prompts(model, 1), stop_strings=["x"])
+
+
+def test_position_ids_of_the_caller(batch):
+    model = tiny_llama(seed=0)
+    inputs = random_prompts(model, batch, pad=False)
+    length = inputs["input_ids"].shape[1]
+    for position_ids in (torch.arange(3, 3 + length)[None], 2 * torch.arange(length)[None]):
+        assert_same(model, inputs, position_ids=position_ids.expand(batch, -1))
+
+
+def test_returned_cache_of_rows_that_finish_early():
+    model = tiny_llama(seed=0, dtype=torch.float64, eos=False)
+    inputs = random_prompts(model, 2, pad=False)
+    ends = first_answer(model, inputs)[4]
+    kwargs = {"max_new_tokens": 12, "eos_token_id": ends, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **kwargs)
+    got = run(model, inputs, expected.sequences, **kwargs)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert got.sequences[0, -1] == 0 and got.sequences[1, -1] != 0
+    for ours, theirs in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys)
+        torch.testing.assert_close(ours.values, theirs.values)
+
+
+def test_a_model_split_over_devices_is_refused():
+    model = tiny_llama(seed=0)
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(ValueError, match=r"split over devices \['0', '1'\]"):
+        specfuse.generate(model, None, **random_prompts(model, 1), max_new_tokens=4)
 
 
 def test_attention_without_tree_masks_is_refused():

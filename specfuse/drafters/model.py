@@ -233,6 +233,10 @@ def _own_inputs(drafter: ModelDrafter, state: DraftState) -> dict[str, Any]:
             "the draft model needs pixels and the call has only encoded ones: pass draft_inputs=..., or call "
             "specfuse.generate with the pixels"
         )
+    if not state.inputs["input_ids"].shape[1]:
+        raise ValueError(
+            "the prompt is given as embeddings: the draft model needs draft_inputs=... of its own"
+        )
     if takes_pixels or not shown:
         shared = {k: v for k, v in state.inputs.items() if k in accepted and v is not None}
         shared.pop("inputs_embeds", None)

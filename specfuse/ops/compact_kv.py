@@ -79,6 +79,10 @@ def _native_call(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tens
             _check(
                 kv, path, length, start
             )  # says what is wrong, if anything is: this loop is the boundary's cost
+        if 0 in stride and any(step == 0 and count > 1 for step, count in zip(stride, shape, strict=True)):
+            raise ValueError(
+                f"kv must not share memory between slots, heads or rows, got strides {list(stride)}"
+            )
         b, g, s, _ = stride
         table.append((t.data_ptr(), b * size, g * size, s * size, shape[1], shape[2], shape[3] * size))
     return (table, *path.shape, *(t.data_ptr() for t in inputs)), inputs
@@ -124,4 +128,4 @@ def compact_kv(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor
 
     Source: the cache update of tree decoding, Miao et al., "SpecInfer", ASPLOS 2024, section 4.
     """
-    _op(list(kv), path, length, start.to(torch.int64))
+    _op(list(kv), path, length, start.to(torch.int64) if start.dtype == torch.int32 else start)

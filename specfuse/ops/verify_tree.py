@@ -143,7 +143,13 @@ if native.cuda is not None:
 def _per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """``value`` as a [B] tensor beside ``like`` [B, N, V]; numbers are checked here, tensors by the op."""
     if isinstance(value, Tensor):
+        if value.shape not in ((), (1,), like.shape[:1]):
+            raise ValueError(f"{name} must be a number or [{like.shape[0]}], got {list(value.shape)}")
+        if name == "top_k":
+            value = value.clamp(max=2**31 - 1)
         return value.to(device=like.device, dtype=dtype).expand(like.shape[0])
+    if not isinstance(value, (int, float) if dtype.is_floating_point else int):
+        raise ValueError(f"{name} must be a number or a tensor, got {value!r}")
     _check_value(name, value)
     if name == "temperature" and 0.0 < value < torch.finfo(torch.float32).tiny:
         raise ValueError(f"temperature must be 0 (greedy) or a normal float32, got {value}")
