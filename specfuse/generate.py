@@ -64,7 +64,8 @@ def generate(
 
     Raises:
         ValueError: an argument that can not be honoured (beams, contrastive search, ...); names it.
-        FloatingPointError: the model's logits leave no token to choose (NaN).
+        FloatingPointError: the model's logits leave no token to choose: NaN, all -inf (also where processors
+            ban every token), or +inf when sampling.
     """
     generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes)
     return generator.generate(seed=seed, draft_inputs=draft_inputs, evidence=evidence, **kwargs)

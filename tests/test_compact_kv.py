@@ -221,3 +221,20 @@ def test_cuda_leaves_out_moves_that_leave_the_cache() -> None:
     expected = cache(1, 1, 6, 4)
     expected[:, :, 3] = expected[:, :, 4].clone()
     assert torch.equal(kv.cpu(), expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["rows", "heads", "slots"])
+def test_broadcast_memory_is_refused(dim: int) -> None:
+    """A move would be made several times over the same memory."""
+    shape = [2, 2, 6, 4]
+    base = [1 if i == dim else n for i, n in enumerate(shape)]
+    kv = torch.zeros(base).expand(shape)
+    path = torch.tensor([[0, 2]] * 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="share memory"):
+        compact_kv([kv], path, torch.full((2,), 2, dtype=torch.int32), torch.ones(2, dtype=torch.int64))
+
+
+def test_start_must_be_an_integer_tensor() -> None:
+    path = torch.tensor([[0, 2]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="start must be"):
+        compact_kv([torch.zeros(1, 1, 6, 4)], path, torch.tensor([2], dtype=torch.int32), torch.tensor([1.7]))

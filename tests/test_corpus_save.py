@@ -117,3 +117,12 @@ def test_broken_arrays_are_refused_and_change_nothing(tmp_path: Path, broken: di
     with pytest.raises(ValueError):
         drafter.load(tmp_path / "broken")
     assert proposals(drafter) == before
+
+
+def test_directories_are_named_as_what_they_are(tmp_path) -> None:
+    drafter = CorpusDrafter()
+    for use in (drafter.load, drafter.save):
+        with pytest.raises(IsADirectoryError, match="Is a directory"):
+            use(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"No such directory: .*missing'"):
+        drafter.save(tmp_path / "missing" / "corpus.st")

@@ -297,3 +297,25 @@ def test_cuda_offsets_past_32_bits() -> None:
     tree = TokenTree.from_chains([0, 0], [[5] * 69] * 2)
     accepted = verify_tree(logits, TokenTree(*(t.cuda() for t in tree[:3])))
     assert accepted.length.tolist() == [70, 70] and accepted.next_token.tolist() == [0, 12345]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"temperature": torch.ones(3)}, r"temperature must be a number or \[2\], got \[3\]"),
+        ({"positions": torch.zeros(2, 1, dtype=torch.int64)}, r"positions must be a number or \[2\]"),
+        ({"temperature": [1.0, 1.0]}, "temperature must be a number or a tensor"),
+        ({"top_k": 2.5}, "top_k must be a number or a tensor, got 2.5"),
+    ],
+)
+def test_per_row_arguments_are_checked_by_name(argument: dict, message: str) -> None:
+    tree = TokenTree.from_parents([[0]] * 2, [[-1]] * 2)
+    with pytest.raises(ValueError, match=message):
+        verify_tree(torch.zeros(2, 1, 5), tree, **argument)
+
+
+def test_a_huge_top_k_keeps_everything() -> None:
+    logits, tree = torch.randn(4, 1, 50), TokenTree.from_parents([[0]] * 4, [[-1]] * 4)
+    plain = verify_tree(logits, tree, temperature=1.0, seed=3)
+    huge = verify_tree(logits, tree, temperature=1.0, seed=3, top_k=torch.tensor(2**40))
+    assert torch.equal(plain.next_token, huge.next_token)

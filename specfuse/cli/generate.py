@@ -87,6 +87,9 @@ def _check(dtype: str, question: str, drafter: str, corpus: Path | None) -> None
         raise UserError("--question must not hold <video> or <image>: the video's place is set by the prompt")
     if corpus is not None and drafter not in ("auto", "corpus"):
         raise UserError(f"--corpus belongs to --drafter corpus or auto, not to {drafter!r}")
+    # Before the answer is computed, not after it.
+    if corpus is not None and (corpus.is_dir() or not corpus.parent.is_dir()):
+        raise UserError(f"--corpus must be a file in an existing directory, got {str(corpus)!r}")
 
 
 def _load(

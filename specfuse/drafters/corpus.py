@@ -137,12 +137,19 @@ class CorpusDrafter(Drafter):
         """Writes the remembered answers and what was learned about blending to a safetensors file.
 
         Questions are stored as hashes. The answers themselves are readable token ids.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError: ``path`` is in no existing directory, or is one.
         """
         from safetensors.numpy import save
 
         arrays = dict(zip(_ARRAYS, self._index.export_content(), strict=True))
         # Written beside its place first: a file that was there stays whole until the new one is.
         target = Path(path)
+        if target.is_dir():
+            raise IsADirectoryError(21, "Is a directory", str(target))
+        if not target.parent.is_dir():
+            raise FileNotFoundError(2, "No such directory", str(target.parent))
         unfinished = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             unfinished.write_bytes(save(arrays, metadata={"format": _FORMAT}))
@@ -167,6 +174,8 @@ class CorpusDrafter(Drafter):
 def _read(path: Path) -> list[np.ndarray]:
     from safetensors import SafetensorError, safe_open
 
+    if path.is_dir():
+        raise IsADirectoryError(21, "Is a directory", str(path))
     if not path.is_file():
         raise FileNotFoundError(2, "No such file", str(path))
     try:
