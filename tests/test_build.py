@@ -101,7 +101,8 @@ def test_wheel_in_an_empty_environment_runs_an_op(unpacked: Path, tmp_path: Path
     result = json.loads(done.stdout)
     assert Path(result["file"]).is_relative_to(tmp_path / "environment")
     assert result["path"] == [1, 6, 8] and result["next"] == [9]
-    assert {devices["cpu"] for devices in result["implementations"].values()} == {"C++"}
+    chosen = result["implementations"]
+    assert {chosen[op]["cpu"] for op in ("verify_tree", "compact_kv")} == {"C++"}
     assert set(result["self_test"].values()) == {"ok"}
     done = run(tmp_path / "environment" / "bin" / "specfuse", "--version", cwd=tmp_path)
     assert done.stdout.strip() == "0.1.0", done.stderr
