@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from environment import cpu_name
 
 Calls = dict[str, Callable[[], object]]
+FLUSH_BYTES = 256 * 2**20  # larger than any L2 so far
+
+
+class Ceilings(NamedTuple):
+    """What this device reaches at best, measured: bytes read plus written by a copy, a matrix product."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+
+def ceilings(device: str) -> Ceilings:
+    """Measures a large copy and a large bf16 (CPU: fp32) matrix product, the best of a few runs."""
+    on_cuda = device == "cuda"
+    words, side = (2**28, 8192) if on_cuda else (2**25, 512)
+    source = torch.randn(words, device=device)
+    target = torch.empty_like(source)
+    a, b = (
+        torch.randn(side, side, device=device, dtype=torch.bfloat16 if on_cuda else torch.float32)
+        for _ in "ab"
+    )
+    copy_us = min(_samples(lambda: target.copy_(source), device, 5))
+    product_us = min(_samples(lambda: a @ b, device, 5))
+    return Ceilings(2 * source.nbytes / copy_us * 1e6, 2 * side**3 / product_us * 1e6)
 
 
 def interleaved_us(calls: Calls, device: str, rounds: int) -> dict[str, dict[str, float]]:
@@ -27,6 +51,11 @@ def interleaved_us(calls: Calls, device: str, rounds: int) -> dict[str, dict[str
     return {name: _percentiles(values) for name, values in samples.items()}
 
 
+def _samples(call: Callable[[], object], device: str, rounds: int) -> list[float]:
+    measure = _timer(call, device)
+    return [measure() for _ in range(rounds + 2)][2:]
+
+
 def _percentiles(values: list[float]) -> dict[str, float]:
     fifths = statistics.quantiles(values, n=10)
     return {"p20_us": round(fifths[1], 2), "p50_us": round(fifths[4], 2), "p80_us": round(fifths[7], 2)}
@@ -34,15 +63,16 @@ def _percentiles(values: list[float]) -> dict[str, float]:
 
 def _timer(call: Callable[[], object], device: str) -> Callable[[], float]:
     """One call that runs ``call`` once and returns microseconds."""
-    if device != "cuda":
+    return _graph_timer(call) if device == "cuda" else lambda: _wall_us(call)
 
-        def on_cpu() -> float:
-            start = time.perf_counter()
-            call()
-            return (time.perf_counter() - start) * 1e6
 
-        return on_cpu
+def _wall_us(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
 
+
+def _graph_timer(call: Callable[[], object]) -> Callable[[], float]:
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # warm up beside the capture, as torch.cuda.graphs asks
         for _ in range(3):
@@ -51,18 +81,29 @@ def _timer(call: Callable[[], object], device: str) -> Callable[[], float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    cold = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")  # larger than any L2 so far
+    cold = _cold_buffer()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def on_cuda() -> float:
-        cold.zero_()
+    def replay_us() -> float:
+        # Reading leaves clean lines behind: written ones would be evicted at the measured kernel's expense.
+        # It also keeps the device busy while the host enqueues what is measured.
+        cold.sum()
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e3
 
-    return on_cuda
+    return replay_us
+
+
+_buffers: list[torch.Tensor] = []
+
+
+def _cold_buffer() -> torch.Tensor:
+    if not _buffers:
+        _buffers.append(torch.ones(FLUSH_BYTES // 4, device="cuda"))
+    return _buffers[0]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -76,7 +117,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def report(cases: list[dict[str, object]], args: argparse.Namespace) -> None:
     """Prints the cases as JSON or as a table, with the machine they were measured on."""
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
     if args.json:
         print(json.dumps({"machine": machine, "torch": torch.__version__, "cases": cases}))
         return
@@ -85,11 +126,3 @@ def report(cases: list[dict[str, object]], args: argparse.Namespace) -> None:
         print(f"\n{case['case']}  {case.get('note', '')}")
         for name, times in case["times"].items():  # type: ignore[attr-defined]
             print(f"  {name:10} " + "  ".join(f"{key[:3]} {value:10.1f} us" for key, value in times.items()))
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
