@@ -1,8 +1,13 @@
 // How both Python modules turn addresses, shapes and strides into the parameter structs of the ops.
 #pragma once
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <array>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "compact_kv.h"
@@ -14,6 +19,10 @@ namespace bindings {
 template <typename T>
 inline T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+inline void raise_on(const char* op, const char* error) {
+  if (error) throw std::runtime_error(std::string(op) + " could not be launched: " + error);
 }
 
 // shape = (B, N, V); strides of the logits in elements; inputs and outputs in the order of the op's schema.

@@ -1,0 +1,58 @@
+"""Builds the CUDA sources of an op for the emulator in tests/cuda_emulator: device code on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CXX = shutil.which(os.environ.get("CXX", "g++"))
+needs_compiler = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+
+ORDERS = ["1", "2"]  # seeds of the order in which the threads of a block run
+
+MODULE = """
+#include "{op}_cuda_bindings.h"
+PYBIND11_MODULE({name}, module) {{ specfuse::bindings::bind_{op}_cuda(module); }}
+"""
+
+
+def build(name: str, sources: list[Path], folder: Path) -> ModuleType:
+    """Compiles CUDA sources as C++ against the emulator's cuda_runtime.h and imports the module."""
+    pybind11 = pytest.importorskip("pybind11")
+    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [REPOSITORY / "tests/cuda_emulator", REPOSITORY / "csrc", pybind11.get_include()]
+    command = [CXX, "-O1", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
+    command += [
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        *(f"-I{i}" for i in [*includes, sysconfig.get_path("include")]),
+    ]
+    command += ["-x", "c++", *map(str, sources), "-o", str(target)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    spec = importlib.util.spec_from_file_location(name, target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_op(op: str, folder: Path) -> ModuleType:
+    """A module with one op, of csrc/<op>_cuda.cu and its bindings: no other op can break it."""
+    bindings = folder / f"{op}_bindings.cpp"
+    bindings.write_text(MODULE.format(op=op, name=f"{op}_emulated"))
+    return build(f"{op}_emulated", [REPOSITORY / "csrc" / f"{op}_cuda.cu", bindings], folder)
+
+
+def poison(*outputs: Tensor) -> None:
+    """Fills outputs so that what is not written shows."""
+    for output in outputs:
+        output.view(torch.uint8).fill_(0xA5)
