@@ -54,10 +54,14 @@ SPECFUSE_HD void philox4x32(uint32_t words[4], uint32_t key0, uint32_t key1) {
   }
 }
 
+// Independent streams of noise at one (seed, position), kept apart by the last word of the counter.
+enum class NoiseStream : uint32_t { kTarget = 0, kCoin = 1, kResidual = 2 };
+
 // The random word of one token: four consecutive token ids share a Philox block.
-SPECFUSE_HD uint32_t noise_word(int64_t seed, int64_t position, int64_t token) {
+SPECFUSE_HD uint32_t noise_word(int64_t seed, int64_t position, int64_t token,
+                                NoiseStream stream = NoiseStream::kTarget) {
   uint32_t words[4] = {static_cast<uint32_t>(token >> 2), static_cast<uint32_t>(position),
-                       static_cast<uint32_t>(position >> 32), 0u};
+                       static_cast<uint32_t>(position >> 32), static_cast<uint32_t>(stream)};
   philox4x32(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   return words[token & 3];
 }
@@ -109,6 +113,9 @@ struct ArgumentError {
   int64_t row;
   double value;
 };
+
+// Checks num_nodes and the parameters of every row.
+ArgumentError check_verify_tree(const VerifyTreeParams& params);
 
 ArgumentError verify_tree_cpu(const VerifyTreeParams& params);
 

@@ -151,6 +151,33 @@ SPECFUSE_INLINE Doubles exp_nonpositive(const Doubles& x) {
   return reinterpret_cast<Doubles>(reinterpret_cast<Longs>(p) + (reinterpret_cast<Longs>(shifted) << 52));
 }
 
+SPECFUSE_INLINE double weights_body(const float* x, int64_t V, float max, double temperature, Cut cut,
+                                    double* out) {
+  typedef float FourFloats __attribute__((vector_size(16)));
+  float buffer[kStep];
+  double kept[kStep], mass = 0.0;
+  const double inverse_temperature = 1.0 / temperature;
+  for (int64_t base = 0; base < V; base += kStep) {
+    const float* step = step_at(x, base, V, buffer);
+    for (int i = 0; i < kStep; i += 4) {
+      FourFloats values;
+      std::memcpy(&values, step + i, sizeof values);
+      const Doubles distance = __builtin_convertvector(values, Doubles) - static_cast<double>(max);
+      const Doubles weights = exp_nonpositive(distance * inverse_temperature);
+      std::memcpy(kept + i, &weights, sizeof weights);
+    }
+    double sum = 0.0;
+    for (int i = 0; i < kStep; ++i) {
+      const bool inside = step[i] > cut.value || (step[i] == cut.value && base + i <= cut.last_id);
+      kept[i] = inside ? kept[i] : 0.0;
+      sum += kept[i];
+    }
+    mass += sum;
+    std::memcpy(out + base, kept, std::min(kStep, V - base) * sizeof(double));
+  }
+  return mass;
+}
+
 SPECFUSE_INLINE void mass_histogram_body(const float* x, int64_t V, float max, double temperature,
                                          float bins_per_unit, double* bins) {
   typedef float FourFloats __attribute__((vector_size(16)));
@@ -206,29 +233,34 @@ SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery&
   return best;
 }
 
-#define SPECFUSE_ROW_PASSES(suffix, attributes)                                                           \
-  attributes void from_half_##suffix(const uint16_t* in, int64_t V, float* out) {                         \
-    from_half_body(in, V, out);                                                                           \
-  }                                                                                                       \
-  attributes void from_bfloat16_##suffix(const uint16_t* in, int64_t V, float* out) {                     \
-    from_bfloat16_body(in, V, out);                                                                       \
-  }                                                                                                       \
-  attributes bool chunk_maxima_##suffix(const float* x, int64_t V, float* maxima) {                       \
-    return chunk_maxima_body(x, V, maxima);                                                               \
-  }                                                                                                       \
-  attributes double exp_mass_##suffix(const float* x, int64_t V, float max, float inverse_temperature,    \
-                                      Cut cut) {                                                          \
-    return exp_mass_body(x, V, max, inverse_temperature, cut);                                            \
-  }                                                                                                       \
-  attributes void mass_histogram_##suffix(const float* x, int64_t V, float max, double temperature,       \
-                                          float bins_per_unit, double* bins) {                            \
-    mass_histogram_body(x, V, max, temperature, bins_per_unit, bins);                                     \
-  }                                                                                                       \
-  attributes Sample sample_##suffix(const float* x, int64_t V, const SampleQuery& query) {                \
-    return sample_body<step_noise_##suffix>(x, V, query);                                                 \
-  }                                                                                                       \
-  constexpr RowPasses passes_##suffix{from_half_##suffix, from_bfloat16_##suffix,  chunk_maxima_##suffix, \
-                                      exp_mass_##suffix,  mass_histogram_##suffix, sample_##suffix};
+#define SPECFUSE_ROW_PASSES(suffix, attributes)                                                            \
+  attributes void from_half_##suffix(const uint16_t* in, int64_t V, float* out) {                          \
+    from_half_body(in, V, out);                                                                            \
+  }                                                                                                        \
+  attributes void from_bfloat16_##suffix(const uint16_t* in, int64_t V, float* out) {                      \
+    from_bfloat16_body(in, V, out);                                                                        \
+  }                                                                                                        \
+  attributes bool chunk_maxima_##suffix(const float* x, int64_t V, float* maxima) {                        \
+    return chunk_maxima_body(x, V, maxima);                                                                \
+  }                                                                                                        \
+  attributes double exp_mass_##suffix(const float* x, int64_t V, float max, float inverse_temperature,     \
+                                      Cut cut) {                                                           \
+    return exp_mass_body(x, V, max, inverse_temperature, cut);                                             \
+  }                                                                                                        \
+  attributes double weights_##suffix(const float* x, int64_t V, float max, double temperature, Cut cut,    \
+                                     double* out) {                                                        \
+    return weights_body(x, V, max, temperature, cut, out);                                                 \
+  }                                                                                                        \
+  attributes void mass_histogram_##suffix(const float* x, int64_t V, float max, double temperature,        \
+                                          float bins_per_unit, double* bins) {                             \
+    mass_histogram_body(x, V, max, temperature, bins_per_unit, bins);                                      \
+  }                                                                                                        \
+  attributes Sample sample_##suffix(const float* x, int64_t V, const SampleQuery& query) {                 \
+    return sample_body<step_noise_##suffix>(x, V, query);                                                  \
+  }                                                                                                        \
+  constexpr RowPasses passes_##suffix{from_half_##suffix, from_bfloat16_##suffix, chunk_maxima_##suffix,   \
+                                      exp_mass_##suffix,  weights_##suffix,       mass_histogram_##suffix, \
+                                      sample_##suffix};
 
 SPECFUSE_ROW_PASSES(baseline, )
 #ifdef SPECFUSE_X86

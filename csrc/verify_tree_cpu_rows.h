@@ -47,6 +47,8 @@ struct RowPasses {
   bool (*chunk_maxima)(const float* x, int64_t V, float* maxima);
   // Sum of exp((x - max) * inverse_temperature) over tokens inside the cut.
   double (*exp_mass)(const float* x, int64_t V, float max, float inverse_temperature, Cut cut);
+  // Writes exp((x - max) / temperature), good to 1e-15, or 0 outside the cut; returns the sum.
+  double (*weights)(const float* x, int64_t V, float max, double temperature, Cut cut, double* out);
   // Adds each token's exp((x - max) / temperature), good to 1e-15, to its bin.
   void (*mass_histogram)(const float* x, int64_t V, float max, double temperature, float bins_per_unit,
                          double* bins);

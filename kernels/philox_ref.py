@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TARGET, COIN, RESIDUAL = range(3)  # NoiseStream of csrc/verify_tree.h
+
 _MASK32 = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -40,24 +42,25 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Te
     return c0, c1, c2, c3
 
 
-def uniform(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
+def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = TARGET) -> Tensor:
     """``u = (x >> 8) * 2**-24`` in [0, 1), float64, where ``x`` is the token's word of the Philox block.
 
-    Four consecutive token ids share one block: ``counter = (token >> 2, position_lo, position_hi, 0)``,
+    Four consecutive token ids share one block: ``counter = (token >> 2, position_lo, position_hi, stream)``,
     ``key = (seed_lo, seed_hi)``, and the token takes word ``token & 3``.
 
     Args:
         seed: int64, any value.
         position: int64, absolute position of the token that is being drawn.
         token: int64 token ids, not negative. The three broadcast.
+        stream: ``TARGET``, ``COIN`` or ``RESIDUAL``: noise that does not depend on that of the others.
     """
-    counter = (token >> 2, position & _MASK32, (position >> 32) & _MASK32, torch.zeros_like(token))
+    counter = (token >> 2, position & _MASK32, (position >> 32) & _MASK32, torch.full_like(token, stream))
     words = philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
     lane = (token & 3).expand_as(words[0])
     word = torch.stack(words).gather(0, lane.unsqueeze(0)).squeeze(0)
     return (word >> 8).double() * 2.0**-24
 
 
-def gumbel(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
+def gumbel(seed: Tensor, position: Tensor, token: Tensor, stream: int = TARGET) -> Tensor:
     """Standard Gumbel noise ``-log(-log(max(u, 2**-25)))``, float64; the floor keeps ``u = 0`` finite."""
-    return -torch.log(-torch.log(uniform(seed, position, token).clamp_min(2.0**-25)))
+    return -torch.log(-torch.log(uniform(seed, position, token, stream).clamp_min(2.0**-25)))
