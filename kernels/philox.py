@@ -55,6 +55,6 @@ def noise_tile(seed, position, first_block, ROWS: tl.constexpr, TOKENS: tl.const
 
 @triton.jit
 def gumbel(word):
-    """Standard Gumbel noise of a word: ``-log(-log(u))`` with ``u = (word >> 8) * 2**-24``, at least 2**-25."""
+    """Standard Gumbel noise of a word: ``-log(-log(u))``, ``u = (word >> 8) * 2**-24``, at least 2**-25."""
     u = (word >> 8).to(tl.float32) * 5.9604644775390625e-08
     return -tl.log(-tl.log(tl.maximum(u, 2.98023223876953125e-08)))

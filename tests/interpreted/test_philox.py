@@ -83,7 +83,9 @@ def gumbel_kernel(word, out, COUNT: tl.constexpr):
 
 def test_gumbel_at_both_ends_is_finite_and_exact_enough() -> None:
     """u = 0 takes the floor 2^-25; u = 1 - 2^-24 is the largest value, 16.6."""
-    word = torch.tensor([0, 255, 256, 0xFFFFFF00 - 2**32, -1, 2**31 - 1, -(2**31), 1 << 20], dtype=torch.int32)
+    word = torch.tensor(
+        [0, 255, 256, 0xFFFFFF00 - 2**32, -1, 2**31 - 1, -(2**31), 1 << 20], dtype=torch.int32
+    )
     out = torch.full((8,), torch.nan)
     gumbel_kernel[(1,)](word, out, 8)
     u = ((word.long() & 0xFFFFFFFF) >> 8).double() * 2.0**-24
