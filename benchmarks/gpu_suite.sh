@@ -1,88 +1,166 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go of about eight minutes: benchmarks/gpu_suite.sh
+# Everything that needs a GPU, in one command of under nine minutes: benchmarks/gpu_suite.sh OUTDIR
 #
-#   1. builds the native modules with the nvcc of this machine, for this GPU only
-#   2. runs the tests marked gpu
-#   3. runs the self-test of every op under compute-sanitizer (memcheck, racecheck, synccheck)
-#   4. runs every benchmarks/bench_*.py and appends to benchmarks/results/gpu_suite.csv one row per figure:
-#      date, commit, gpu, driver, cuda, torch, triton, transformers, benchmark, case, metric, value
+#   build            the native modules, with the nvcc of this machine, for this GPU only; then `doctor`
+#   test OP          the tests marked gpu, op by op; `test rest` is what belongs to no op
+#   sanitize TOOL    the self-test of every op under compute-sanitizer: memcheck, racecheck, synccheck
+#   tune OP          the fastest configurations for this GPU, into kernels/configs and OUTDIR/configs
+#   bench OP         the micro-benchmark of each op, rows into OUTDIR/OP.csv
+#   run NAME         the end-to-end benchmarks, rows into OUTDIR/end_to_end.csv
+#   plot             OUTDIR/share_gpu.png and .svg, where matplotlib is there
 #
+# A section that went well leaves OUTDIR/done/SECTION and is left out when the suite is called again with the same
+# OUTDIR; logs are OUTDIR/log/SECTION.txt. Options: --only TEXT (sections whose name holds it, and the build),
+# --again (forget what was done), --budget SECONDS (default 530: no section starts after that).
 # Needs python with torch (CUDA), transformers, pytest, pybind11 and ninja, and nvcc; fetches nothing.
-# Every section is bounded in time and the rest runs if one fails; the exit code is that of the worst.
-# NOT YET RUN ON A GPU: written and shell-checked on a machine without one, where only its refusal was tried.
-#
-# Environment: PYTHON (python3), RESULTS (benchmarks/results), BUDGET_BUILD_S, BUDGET_TESTS_S, BUDGET_SANITIZER_S,
-# BUDGET_BENCH_S (seconds per section; the last two per run).
+# Exit code: 0 all well, 1 a section failed or was left for the next call, 2 nothing could run.
+# NOT YET RUN ON A GPU: written and shell-checked on a machine without one, where its refusal and its handling of
+# sections were tried.
 set -uo pipefail
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+out="" only="" again=0 budget=530
+while (($#)); do
+  case $1 in
+    --only) only=${2:?--only needs a text}; shift ;;
+    --budget) budget=${2:?--budget needs seconds}; shift ;;
+    --again) again=1 ;;
+    -h | --help) usage; exit 0 ;;
+    -*) echo "gpu_suite: unknown option $1" >&2; exit 2 ;;
+    *) out=$1 ;;
+  esac
+  shift
+done
+[[ -n $out ]] || { echo "gpu_suite: name a folder for the results: benchmarks/gpu_suite.sh OUTDIR" >&2; exit 2; }
 PYTHON=${PYTHON:-python3}
-RESULTS=${RESULTS:-benchmarks/results}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
-failed=()
+case $out in /*) ;; *) out=$PWD/$out ;; esac
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-# section NAME SECONDS COMMAND...: runs it with a time limit, keeps what failed.
-section() {
-  local name=$1 limit=$2 start=$SECONDS code=0
-  shift 2
-  # On stderr: the output of a benchmark goes to a file.
-  printf '\n=== %s (at most %d s)\n' "$name" "$limit" >&2
-  timeout --kill-after=10 "$limit" "$@" || code=$?
-  ((code == 0)) && { printf -- '--- %s: ok, %d s\n' "$name" $((SECONDS - start)) >&2; return 0; }
-  ((code == 124 || code == 137)) && code="time limit"
-  printf -- '--- %s: FAILED (%s), %d s\n' "$name" "$code" $((SECONDS - start)) >&2
-  failed+=("$name ($code)")
-  return 1
-}
-
+# SPECFUSE_SUITE_DRY=1 takes any machine for a GPU: for the suite's own test.
 capability=$("$PYTHON" - <<'PY'
+import os
 import sys
 
 try:
     import torch
 except ImportError as error:
     sys.exit(f"gpu_suite: torch does not import: {error}")
-if not torch.cuda.is_available():
+if os.environ.get("SPECFUSE_SUITE_DRY") == "1":
+    print("90")
+elif not torch.cuda.is_available():
     sys.exit("gpu_suite: no CUDA device here; this suite runs on a GPU machine (see its first lines)")
-print("%d%d" % torch.cuda.get_device_capability())
+else:
+    print("%d%d" % torch.cuda.get_device_capability())
 PY
 ) || exit 2
-echo "GPU: $("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name())'), sm_$capability"
 command -v nvcc >/dev/null || [[ -n ${CUDA_HOME:-} ]] || { echo "gpu_suite: no nvcc (set CUDA_HOME)" >&2; exit 2; }
+((again)) && rm -rf "$out/done"
+mkdir -p "$out/done" "$out/log" || exit 2
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
+failed=()
 
-section "build" "${BUDGET_BUILD_S:-150}" env SPECFUSE_CUDA=1 SPECFUSE_CUDA_ARCHS="$capability" \
-  "$PYTHON" setup.py -q build_ext --inplace || exit 1
-section "doctor" 60 "$PYTHON" -m specfuse.cli.main doctor
-section "tests marked gpu" "${BUDGET_TESTS_S:-150}" "$PYTHON" -m pytest -q -m gpu tests
+# section NAME SECONDS COMMAND...: runs it with a time limit unless it is done, not asked for, or the time is up.
+section() {
+  local name=$1 limit=$2 start=$SECONDS code=0
+  local mark=$out/done/${name// /_} log=$out/log/${name// /_}.txt
+  shift 2
+  [[ -e $mark ]] && { echo "=== $name: done before"; return 0; }
+  [[ -z $only || $name == build || $name == *"$only"* ]] || return 0
+  ((SECONDS < budget)) || { echo "=== $name: left for the next call"; failed+=("$name (not started)"); return 1; }
+  printf '=== %s (at most %d s)\n' "$name" "$limit"
+  if [[ ${SPECFUSE_SUITE_DRY:-0} == 1 ]]; then
+    printf '%s\n' "$*" >"$log"
+    [[ $name != "${SPECFUSE_SUITE_FAIL:-}" ]] || code=1
+  else
+    timeout --kill-after=10 "$limit" "$@" >"$log" 2>&1 || code=$?
+    tail -n 25 "$log"
+  fi
+  if ((code == 0)); then
+    touch "$mark"
+    printf -- '--- %s: ok, %d s\n' "$name" $((SECONDS - start))
+    return 0
+  fi
+  ((code == 124 || code == 137)) && code="time limit"
+  printf -- '--- %s: FAILED (%s), %d s, see %s\n' "$name" "$code" $((SECONDS - start)) "$log"
+  failed+=("$name ($code)")
+  return 1
+}
+
+build() {
+  SPECFUSE_CUDA=1 SPECFUSE_CUDA_ARCHS=$capability "$PYTHON" setup.py -q build_ext --inplace &&
+    "$PYTHON" -m specfuse.cli.main doctor
+}
+export -f build
+export capability PYTHON
+
+# pytest exits with 5 where an op has no test for a GPU.
+pytest_gpu() { "$PYTHON" -m pytest -q -m gpu "$@" || [[ $? == 5 ]]; }
+export -f pytest_gpu
 
 self_test='import sys
 from specfuse.ops import self_test
 result = self_test()
 print(result)
 sys.exit(any(value != "ok" for value in result.values()))'
+
+tune() {
+  "$PYTHON" benchmarks/tune.py "$1" --seconds "$2" && mkdir -p "$3/configs" && cp kernels/configs/"$1".*.json "$3/configs/"
+}
+export -f tune
+
+end_to_end() {
+  local options=(--json) name=$1 out=$2
+  [[ $("$PYTHON" "benchmarks/$name.py" --help 2>&1) == *--device* ]] && options+=(--device cuda)
+  "$PYTHON" "benchmarks/$name.py" "${options[@]}" >"$out/log/$name.json" &&
+    "$PYTHON" benchmarks/record_json.py "$name" "$out/log/$name.json" "$out/end_to_end.csv"
+}
+export -f end_to_end
+
+ops=()
+for script in benchmarks/bench_*.py; do
+  name=$(basename "$script" .py)
+  [[ -e specfuse/ops/${name#bench_}.py ]] && ops+=("${name#bench_}")
+done
+
+section build 150 bash -c build || exit 1
+
+taken=()
+for op in "${ops[@]}"; do
+  # The tests of verify_tree_rejection are not those of verify_tree.
+  mapfile -t files < <(compgen -G "tests/test_${op}*.py" | while read -r file; do
+    longest=""
+    for other in "${ops[@]}"; do
+      [[ $file == tests/test_${other}* && ${#other} -gt ${#longest} ]] && longest=$other
+    done
+    [[ $longest == "$op" ]] && echo "$file"
+  done)
+  taken+=("${files[@]/#/--ignore=}")
+  section "test $op" 60 bash -c 'pytest_gpu "$@"' _ "${files[@]}"
+done
+section "test rest" 90 bash -c 'pytest_gpu "$@"' _ tests "${taken[@]}"
+
 if sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null); then
   for tool in memcheck racecheck synccheck; do
-    section "compute-sanitizer $tool" "${BUDGET_SANITIZER_S:-45}" \
-      "$sanitizer" --tool "$tool" --error-exitcode 9 "$PYTHON" -c "$self_test"
+    section "sanitize $tool" 45 "$sanitizer" --tool "$tool" --error-exitcode 9 "$PYTHON" -c "$self_test"
   done
 else
   echo "compute-sanitizer not found: section left out"
-  failed+=("compute-sanitizer (not found)")
 fi
 
-mkdir -p "$RESULTS"
-for script in benchmarks/bench_*.py; do
-  name=$(basename "$script" .py)
-  options=()
-  help=$("$PYTHON" "$script" --help 2>&1)
-  [[ $help == *--device* ]] && options+=(--device cuda)
-  [[ $help == *--json* ]] && options+=(--json)
-  section "$name" "${BUDGET_BENCH_S:-60}" "$PYTHON" "$script" "${options[@]}" >"$RESULTS/$name.log"
-  code=$?
-  tail -n 15 "$RESULTS/$name.log"
-  ((code == 0)) || continue
-  [[ $help == *--json* ]] && "$PYTHON" benchmarks/record_json.py "$name" "$RESULTS/$name.log" "$RESULTS/gpu_suite.csv"
+for op in "${ops[@]}"; do
+  grep -q '^def tunings' "benchmarks/bench_$op.py" && section "tune $op" 60 bash -c 'tune "$@"' _ "$op" 25 "$out"
 done
+for op in "${ops[@]}"; do
+  section "bench $op" 60 "$PYTHON" "benchmarks/bench_$op.py" --device cuda --csv "$out/$op.csv"
+done
+for name in bench_vision_cache bench_generate; do
+  section "run $name" 60 bash -c 'end_to_end "$@"' _ "$name" "$out"
+done
+if "$PYTHON" -c 'import matplotlib' 2>/dev/null; then
+  mapfile -t tables < <(for op in "${ops[@]}"; do [[ -e $out/$op.csv ]] && echo "$out/$op.csv"; done)
+  ((${#tables[@]})) && section plot 30 "$PYTHON" benchmarks/plot.py "${tables[@]}" --out "$out"
+fi
 
-printf '\n%d failed%s\n' "${#failed[@]}" "${failed[*]:+: ${failed[*]}}"
+printf '\n%d s; %d failed or left%s\n' "$SECONDS" "${#failed[@]}" "${failed[*]:+: ${failed[*]}}"
 ((${#failed[@]} == 0))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,23 +19,66 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def record_json() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("record_json", BENCHMARKS / "record_json.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def record_json(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("record_json")
+
+
+def suite(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(BENCHMARKS / "gpu_suite.sh"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHON": sys.executable, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, the suite would run")
-def test_without_a_gpu_it_says_so_and_builds_nothing() -> None:
-    command = ["env", f"PYTHON={sys.executable}", str(BENCHMARKS / "gpu_suite.sh")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stdout == ""
+def test_without_a_gpu_it_says_so_and_builds_nothing(tmp_path: Path) -> None:
+    done = suite(tmp_path / "out")
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
     assert done.stderr.splitlines() == [
         "gpu_suite: no CUDA device here; this suite runs on a GPU machine (see its first lines)"
     ]
+
+
+def sections(done: subprocess.CompletedProcess[str], outcome: str) -> list[str]:
+    return re.findall(rf"^--- (.+): {outcome}", done.stdout, re.MULTILINE)
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("nvcc")
+def test_sections_are_resumed_where_one_failed(tmp_path: Path) -> None:
+    """A dry run: sections write down what they would run."""
+    first = suite(tmp_path, SPECFUSE_SUITE_DRY="1", SPECFUSE_SUITE_FAIL="bench verify_tree")
+    assert first.returncode == 1 and sections(first, "FAILED") == ["bench verify_tree"]
+    done = sections(first, "ok")
+    assert {"build", "test verify_tree", "test compact_kv", "test rest", "bench compact_kv"} <= set(done)
+    second = suite(tmp_path, SPECFUSE_SUITE_DRY="1")
+    assert second.returncode == 0 and sections(second, "ok") == ["bench verify_tree"]
+    assert len(sections(suite(tmp_path, "--again", SPECFUSE_SUITE_DRY="1"), "ok")) == len(done) + 1
+
+
+@pytest.mark.usefixtures("nvcc")
+def test_sections_can_be_chosen_and_time_ends_them(tmp_path: Path) -> None:
+    chosen = suite(tmp_path, "--only", "compact_kv", SPECFUSE_SUITE_DRY="1")
+    names = set(sections(chosen, "ok"))
+    assert {"build", "test compact_kv", "bench compact_kv"} <= names
+    assert all("compact_kv" in name for name in names - {"build"})
+    late = suite(tmp_path, "--budget", "0", SPECFUSE_SUITE_DRY="1")
+    assert late.returncode == 1 and "verify_tree: left for the next call" in late.stdout
+
+
+@pytest.mark.usefixtures("nvcc")
+def test_every_test_file_belongs_to_one_section(tmp_path: Path) -> None:
+    suite(tmp_path, SPECFUSE_SUITE_DRY="1")
+    log = {path.stem: path.read_text().split() for path in (tmp_path / "log").glob("test_*.txt")}
+    ignored = {word.removeprefix("--ignore=") for word in log.pop("test_rest") if "--ignore=" in word}
+    files = [word for words in log.values() for word in words if word.endswith(".py")]
+    assert len(files) == len(set(files)) and set(files) == ignored
+    assert {"tests/test_verify_tree.py", "tests/test_compact_kv.py"} <= ignored
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
