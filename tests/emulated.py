@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -18,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CXX = shutil.which(os.environ.get("CXX", "g++"))
 needs_compiler = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 
-ORDERS = ["1", "2"]  # seeds of the order in which the threads of a block run
+ORDERS = ["forward", "reverse", "1"]  # of blocks, warps and lanes; a number seeds a shuffle
 
 MODULE = """
 #include "{op}_cuda_bindings.h"
@@ -26,17 +27,29 @@ PYBIND11_MODULE({name}, module) {{ specfuse::bindings::bind_{op}_cuda(module); }
 """
 
 
-def build(name: str, sources: list[Path], folder: Path) -> ModuleType:
+DYNAMIC = re.compile(r"extern __shared__ ([\w ]+) (\w+)\[\];")
+
+
+def with_dynamic_shared(text: str) -> str:
+    """Source text with dynamic shared memory spelled as the emulator has it: no macro can do that."""
+    return DYNAMIC.sub(r"\1* \2 = static_cast<\1*>(cuda_emulator::dynamic_shared());", text)
+
+
+def copy_sources(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for path in (REPOSITORY / "csrc").iterdir():
+        if path.suffix in {".cu", ".cuh", ".h"}:
+            (folder / path.name).write_text(with_dynamic_shared(path.read_text()))
+
+
+def build(name: str, sources: list[Path], folder: Path, flags: tuple[str, ...] = ()) -> ModuleType:
     """Compiles CUDA sources as C++ against the emulator's cuda_runtime.h and imports the module."""
     pybind11 = pytest.importorskip("pybind11")
     target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [REPOSITORY / "tests/cuda_emulator", REPOSITORY / "csrc", pybind11.get_include()]
-    command = [CXX, "-O1", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
-    command += [
-        "-Wall",
-        "-Wno-unknown-pragmas",
-        *(f"-I{i}" for i in [*includes, sysconfig.get_path("include")]),
-    ]
+    includes = [REPOSITORY / "tests/cuda_emulator", folder / "csrc", pybind11.get_include()]
+    command = [CXX, "-O1", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"]
+    command += ["-Wall", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", *flags]
+    command += [f"-I{i}" for i in [*includes, sysconfig.get_path("include")]]
     command += ["-x", "c++", *map(str, sources), "-o", str(target)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     spec = importlib.util.spec_from_file_location(name, target)
@@ -45,11 +58,12 @@ def build(name: str, sources: list[Path], folder: Path) -> ModuleType:
     return module
 
 
-def build_op(op: str, folder: Path) -> ModuleType:
+def build_op(op: str, folder: Path, flags: tuple[str, ...] = ()) -> ModuleType:
     """A module with one op, of csrc/<op>_cuda.cu and its bindings: no other op can break it."""
+    copy_sources(folder / "csrc")
     bindings = folder / f"{op}_bindings.cpp"
     bindings.write_text(MODULE.format(op=op, name=f"{op}_emulated"))
-    return build(f"{op}_emulated", [REPOSITORY / "csrc" / f"{op}_cuda.cu", bindings], folder)
+    return build(f"{op}_emulated", [folder / "csrc" / f"{op}_cuda.cu", bindings], folder, flags)
 
 
 def poison(*outputs: Tensor) -> None:

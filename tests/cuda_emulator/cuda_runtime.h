@@ -1,41 +1,184 @@
 // Test code: runs CUDA kernels on the CPU. Found in place of CUDA's own header when a .cu file is compiled as
-// C++.
-//
-// Blocks run one after the other; the threads of a block are fibers that switch at barriers and warp
-// shuffles. A barrier that not all threads reach, or a shuffle that not all lanes of a warp reach, is
-// reported as an error. The order in which fibers run is shuffled; CUDA_EMULATOR_ORDER seeds it, so that
-// results which depend on it differ.
+// C++; holds what the kernels of csrc use. fibers.h says how blocks and threads run.
 #pragma once
 
-#include <setjmp.h>
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <random>
-#include <vector>
+#include <tuple>
+#include <utility>
+
+#include "fibers.h"
 
 #define __global__
 #define __device__
 #define __host__
+#define __constant__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
-#define __shared__ static  // one block at a time, all of it on one OS thread
+#define __noinline__ __attribute__((noinline))
+#define __restrict__
+#define __launch_bounds__(...)
+#define __shared__ thread_local  // one thread of the system per block of a cluster
 
-struct dim3 {
-  unsigned x, y, z;
-  explicit dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-struct uint2 {
-  uint32_t x, y;
-};
-struct uint4 {
-  uint32_t x, y, z, w;
-};
+#define CUDA_EMULATOR_VECTOR(name, T)                 \
+  struct alignas(2 * sizeof(T)) name##2 {             \
+    T x, y;                                           \
+  };                                                  \
+  struct alignas(4 * sizeof(T)) name##4 {             \
+    T x, y, z, w;                                     \
+  };                                                  \
+  inline name##2 make_##name##2(T x, T y) {           \
+    return {x, y};                                    \
+  }                                                   \
+  inline name##4 make_##name##4(T x, T y, T z, T w) { \
+    return {x, y, z, w};                              \
+  }
+CUDA_EMULATOR_VECTOR(uint, uint32_t)
+CUDA_EMULATOR_VECTOR(int, int32_t)
+CUDA_EMULATOR_VECTOR(float, float)
+
+// ---------------------------------------------------------------- within a block
+
+inline void __syncthreads() {
+  cuda_emulator::wait_in(cuda_emulator::State::kAtBarrier);
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+// The barrier of a cluster, which csrc spells in PTX.
+inline void cuda_emulator_cluster_sync() {
+  cuda_emulator::wait_in(cuda_emulator::State::kAtCluster);
+}
+
+inline unsigned cuda_emulator_lane() {
+  return cuda_emulator::current_block->current % 32;
+}
+
+inline void __syncwarp(unsigned = 0xFFFFFFFFu) {
+  cuda_emulator::exchange(0, [](auto) { return 0; });
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_emulator::exchange(value, [=](auto at) { return at(static_cast<unsigned>(lane) % 32); });
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return cuda_emulator::exchange(value, [=](auto at) { return at(cuda_emulator_lane() ^ mask); });
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned by) {
+  const unsigned lane = cuda_emulator_lane();
+  return cuda_emulator::exchange(value, [=](auto at) { return at(lane + by < 32 ? lane + by : lane); });
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned by) {
+  const unsigned lane = cuda_emulator_lane();
+  return cuda_emulator::exchange(value, [=](auto at) { return at(lane >= by ? lane - by : lane); });
+}
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  return cuda_emulator::exchange(predicate, [](auto at) {
+    unsigned bits = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) bits |= (at(lane) != 0 ? 1u : 0u) << lane;
+    return bits;
+  });
+}
+
+inline int __any_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) == 0xFFFFFFFFu;
+}
+
+// ---------------------------------------------------------------- memory, bits, fast arithmetic
+
+// One fiber runs at a time, so that reading and writing in turn is atomic.
+template <typename T, typename Combine>
+T cuda_emulator_atomic(T* address, Combine combine) {
+  const T old = *address;
+  *address = combine(old);
+  return old;
+}
+template <typename T>
+T atomicAdd(T* address, T value) {
+  return cuda_emulator_atomic(address, [=](T old) { return static_cast<T>(old + value); });
+}
+template <typename T>
+T atomicMax(T* address, T value) {
+  return cuda_emulator_atomic(address, [=](T old) { return old > value ? old : value; });
+}
+template <typename T>
+T atomicMin(T* address, T value) {
+  return cuda_emulator_atomic(address, [=](T old) { return old < value ? old : value; });
+}
+template <typename T>
+T atomicOr(T* address, T value) {
+  return cuda_emulator_atomic(address, [=](T old) { return old | value; });
+}
+template <typename T>
+T atomicExch(T* address, T value) {
+  return cuda_emulator_atomic(address, [=](T) { return value; });
+}
+template <typename T>
+T atomicCAS(T* address, T expected, T value) {
+  return cuda_emulator_atomic(address, [=](T old) { return old == expected ? value : old; });
+}
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <typename T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <typename T>
+void __stcg(T* address, T value) {
+  *address = value;
+}
+
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+inline int __clz(int bits) {
+  return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits));
+}
+inline int __ffs(int bits) {
+  return __builtin_ffs(bits);
+}
+inline float __expf(float x) {
+  return expf(x);
+}
+inline float __logf(float x) {
+  return logf(x);
+}
+inline float __log2f(float x) {
+  return log2f(x);
+}
+inline float __fdividef(float a, float b) {
+  return a / b;
+}
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// ---------------------------------------------------------------- launches
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorIllegalInstruction = 715 };
 using cudaStream_t = void*;
@@ -44,106 +187,29 @@ inline const char* cudaGetErrorString(cudaError_t status) {
                                          : "threads diverged at a barrier or shuffle (emulated)";
 }
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6,
+};
+union cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+  int programmaticStreamSerializationAllowed;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
 
 namespace cuda_emulator {
-
-constexpr size_t kStackBytes = 128 * 1024;
-constexpr unsigned kMaxThreads = 1024;
-enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
-
-struct Fiber {
-  State state = State::kReady;
-  unsigned shuffles = 0;
-  jmp_buf resume;
-  ucontext_t start;
-};
-
-struct Block {
-  std::vector<Fiber> fibers;
-  std::unique_ptr<char[]> stacks{new char[kMaxThreads * kStackBytes]};
-  unsigned char exchange[2][kMaxThreads][8];
-  unsigned current = 0;
-  jmp_buf scheduler;
-  void (*run)(void*) = nullptr;
-  void* arguments = nullptr;
-};
-
-inline Block& block() {
-  static Block instance;
-  return instance;
-}
-
-// Leaves the running fiber; returns once the scheduler finds it ready again.
-inline void wait_in(State state) {
-  Block& b = block();
-  Fiber& fiber = b.fibers[b.current];
-  fiber.state = state;
-  if (_setjmp(fiber.resume) == 0) _longjmp(b.scheduler, 1);
-}
-
-inline void fiber_main() {
-  Block& b = block();
-  b.run(b.arguments);
-  b.fibers[b.current].state = State::kDone;
-  _longjmp(b.scheduler, 1);
-}
-
-inline void resume(unsigned thread, bool fresh) {
-  Block& b = block();
-  b.current = thread;
-  threadIdx = dim3(thread);
-  if (_setjmp(b.scheduler) != 0) return;
-  if (!fresh) _longjmp(b.fibers[thread].resume, 1);
-  ucontext_t& context = b.fibers[thread].start;
-  getcontext(&context);
-  context.uc_stack.ss_sp = b.stacks.get() + thread * kStackBytes;
-  context.uc_stack.ss_size = kStackBytes;
-  context.uc_link = nullptr;
-  makecontext(&context, fiber_main, 0);
-  setcontext(&context);
-}
-
-// True if all of fibers [first, last) are in `state`; they become ready then.
-inline bool release(unsigned first, unsigned last, State state) {
-  std::vector<Fiber>& fibers = block().fibers;
-  for (unsigned t = first; t < last; ++t) {
-    if (fibers[t].state != state) return false;
-  }
-  for (unsigned t = first; t < last; ++t) fibers[t].state = State::kReady;
-  return true;
-}
-
-// Runs one block to its end; false if its threads wait for each other in vain. Warp after warp runs on to the
-// next barrier, in random order: as far ahead of the others as the barriers let it, which is what shows a
-// missing one.
-inline bool run_block(unsigned threads, std::mt19937& random) {
-  Block& b = block();
-  b.fibers.assign(threads, Fiber{});
-  std::vector<unsigned> warps;
-  for (unsigned first = 0; first < threads; first += 32) warps.push_back(first);
-  std::vector<bool> started(threads, false);
-  while (true) {
-    std::shuffle(warps.begin(), warps.end(), random);
-    for (unsigned first : warps) {
-      const unsigned last = std::min(first + 32, threads);
-      std::vector<unsigned> lanes;
-      for (unsigned t = first; t < last; ++t) lanes.push_back(t);
-      do {
-        std::shuffle(lanes.begin(), lanes.end(), random);
-        for (unsigned t : lanes) {
-          if (b.fibers[t].state != State::kReady) continue;
-          const bool fresh = !started[t];
-          started[t] = true;
-          resume(t, fresh);
-        }
-      } while (release(first, last, State::kAtShuffle));
-    }
-    const auto done = [](const Fiber& f) { return f.state == State::kDone; };
-    if (std::all_of(b.fibers.begin(), b.fibers.end(), done)) return true;
-    if (!release(0, threads, State::kAtBarrier)) return false;
-  }
-}
 
 template <typename... Arguments>
 struct Call {
@@ -153,46 +219,41 @@ struct Call {
   static void run(void* self) { static_cast<Call*>(self)->invoke(std::index_sequence_for<Arguments...>{}); }
   template <size_t... I>
   void invoke(std::index_sequence<I...>) {
-    kernel(*static_cast<Arguments*>(values[I])...);
+    kernel(*static_cast<std::remove_reference_t<Arguments>*>(values[I])...);
   }
 };
 
+template <typename... Arguments>
+cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 threads, void** arguments,
+                   size_t dynamic_bytes, unsigned cluster) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads.x == 0) return cudaErrorInvalidValue;
+  Call<Arguments...> call{kernel, arguments};
+  const Launch all{grid, threads, cluster, dynamic_bytes, &Call<Arguments...>::run, &call};
+  return run_grid(all) ? cudaSuccess : cudaErrorIllegalInstruction;
+}
+
 }  // namespace cuda_emulator
 
-inline void __syncthreads() {
-  cuda_emulator::wait_in(cuda_emulator::State::kAtBarrier);
-}
-
-template <typename T>
-T __shfl_xor_sync(unsigned, T value, int lanes) {
-  static_assert(sizeof(T) <= 8, "a shuffle moves at most eight bytes");
-  cuda_emulator::Block& b = cuda_emulator::block();
-  const unsigned thread = b.current;
-  // Two buffers: a lane is at most one shuffle ahead of the others of its warp.
-  auto& slots = b.exchange[b.fibers[thread].shuffles++ % 2];
-  std::memcpy(slots[thread], &value, sizeof value);
-  cuda_emulator::wait_in(cuda_emulator::State::kAtShuffle);
-  std::memcpy(&value, slots[thread ^ static_cast<unsigned>(lanes)], sizeof value);
-  return value;
-}
-
 template <typename... Arguments>
-cudaError_t cudaLaunchKernel(void (*kernel)(Arguments...), dim3 grid, dim3 threads, void** arguments, size_t,
-                             cudaStream_t) {
-  cuda_emulator::Call<Arguments...> call{kernel, arguments};
-  cuda_emulator::block().run = &cuda_emulator::Call<Arguments...>::run;
-  cuda_emulator::block().arguments = &call;
-  const char* order = std::getenv("CUDA_EMULATOR_ORDER");
-  std::mt19937 random(order ? std::atoi(order) : 0);
-  gridDim = grid;
-  blockDim = threads;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        if (!cuda_emulator::run_block(threads.x, random)) return cudaErrorIllegalInstruction;
-      }
-    }
+cudaError_t cudaLaunchKernel(void (*kernel)(Arguments...), dim3 grid, dim3 threads, void** arguments,
+                             size_t dynamic_bytes, cudaStream_t) {
+  return cuda_emulator::launch(kernel, grid, threads, arguments, dynamic_bytes, 1);
+}
+
+template <typename... Arguments, typename... Values>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Arguments...),
+                               Values&&... values) {
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
+      cluster = config->attrs[i].val.clusterDim.x;
   }
-  return cudaSuccess;
+  std::tuple<Arguments...> held(std::forward<Values>(values)...);
+  return std::apply(
+      [&](auto&... each) {
+        void* arguments[] = {const_cast<void*>(static_cast<const void*>(&each))...};
+        return cuda_emulator::launch(kernel, config->gridDim, config->blockDim, arguments,
+                                     config->dynamicSmemBytes, cluster);
+      },
+      held);
 }
