@@ -205,7 +205,7 @@ def test_cuda_equals_cpu(dtype: torch.dtype, D: int) -> None:
     rows = [[0, 2, 3, 7], [0], [0, 1, 2, 6], [], list(range(0, 64, 3))]
     path, length = paths(rows, 64)
     start = torch.tensor([5, 0, 2, 9, 100])
-    kv = [cache(5, 4, 200, D, dtype), cache(5, 1, 164, D + 1, dtype), *[cache(5, 2, 170, 8)] * 70]
+    kv = [cache(5, 4, 200, D, dtype), cache(5, 1, 164, D + 1, dtype), *[cache(5, 2, 170, 8)] * 300]
     kv = [t.clone() for t in kv]
     on_gpu = [t.cuda() for t in kv]
     compact_kv(kv, path, length, start)
@@ -221,6 +221,40 @@ def test_cuda_leaves_out_moves_that_leave_the_cache() -> None:
     expected = cache(1, 1, 6, 4)
     expected[:, :, 3] = expected[:, :, 4].clone()
     assert torch.equal(kv.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_cuda_offsets_past_2_to_the_31() -> None:
+    """3.2 GB in one tensor; the last row lies beyond 2**31 bytes and elements."""
+    kv = torch.zeros(3, 8, 2**20 + 9, 128, dtype=torch.uint8, device="cuda")
+    kv[:, :, -9:] = cache(3, 8, 9, 128, torch.uint8).cuda()
+    path, length = paths([[0, 2, 3, 7]] * 3, 8)
+    start = torch.full((3,), 2**20)
+    expected = oracle([kv[:, :, -9:].cpu()], path, length, torch.zeros(3, dtype=torch.int64))
+    compact_kv([kv], path.cuda(), length.cuda(), start.cuda())
+    assert same([kv[:, :, -9:].cpu()], expected)
+    assert not kv[:, :, :-9].any()
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_with_new_paths() -> None:
+    kv = cache(2, 4, 300, 64, torch.float16).cuda()
+    before = kv.clone()
+    path = torch.zeros(2, 16, dtype=torch.int32, device="cuda")
+    length = torch.zeros(2, dtype=torch.int32, device="cuda")
+    start = torch.zeros(2, dtype=torch.int64, device="cuda")
+    compact_kv([kv], path, length, start)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compact_kv([kv], path, length, start)
+    for rows in ([[0, 3, 9], [0, 1]], [[0, 1, 2, 4], list(range(0, 32, 2))]):
+        kv.copy_(before)
+        new_path, new_length = paths(rows, 16)
+        new_start = torch.tensor([200, 31])
+        for old, new in ((path, new_path), (length, new_length), (start, new_start)):
+            old.copy_(new)
+        graph.replay()
+        assert same([kv.cpu()], oracle([before.cpu()], new_path, new_length, new_start))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["rows", "heads", "slots"])
