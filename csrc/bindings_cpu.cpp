@@ -18,12 +18,12 @@ namespace {
 
 void verify_tree(uintptr_t logits, int dtype, const std::array<int64_t, 3>& shape,
                  const std::array<int64_t, 3>& strides, const std::array<uintptr_t, 9>& inputs,
-                 const std::array<uintptr_t, 4>& outputs) {
+                 const std::array<uintptr_t, 4>& outputs, int threads) {
   const auto params = verify_tree_params(logits, dtype, shape, strides, inputs, outputs);
   specfuse::ArgumentError error;
   {
     pybind11::gil_scoped_release release;
-    error = specfuse::verify_tree_cpu(params);
+    error = specfuse::verify_tree_cpu(params, threads);
   }
   if (error.message) {
     std::ostringstream text;

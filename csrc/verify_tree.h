@@ -117,7 +117,8 @@ struct ArgumentError {
 // Checks num_nodes and the parameters of every row.
 ArgumentError check_verify_tree(const VerifyTreeParams& params);
 
-ArgumentError verify_tree_cpu(const VerifyTreeParams& params);
+// Trees are shared out to at most `threads` threads; results do not depend on their number.
+ArgumentError verify_tree_cpu(const VerifyTreeParams& params, int threads);
 
 // Launches on `stream` (a cudaStream_t) and returns the error's text, null on success.
 const char* verify_tree_cuda(const VerifyTreeParams& params, void* stream);

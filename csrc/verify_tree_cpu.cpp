@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "parallel_trees.h"
 #include "verify_tree.h"
 #include "verify_tree_cpu_row.h"
 
@@ -50,11 +51,13 @@ void walk(const VerifyTreeParams& p, int64_t b, Row& row) {
 
 }  // namespace
 
-ArgumentError verify_tree_cpu(const VerifyTreeParams& params) {
+ArgumentError verify_tree_cpu(const VerifyTreeParams& params, int threads) {
   const ArgumentError error = check_verify_tree(params);
   if (error.message) return error;
-  Row row(params);
-  for (int64_t b = 0; b < params.B; ++b) walk(params, b, row);
+  parallel_trees(params.B, worthwhile_threads(params.B, params.V, threads), [&](const auto& take) {
+    Row row(params);
+    for (int64_t b = take(); b >= 0; b = take()) walk(params, b, row);
+  });
   return error;
 }
 

@@ -23,20 +23,30 @@ static_assert(kStep == kChunk, "a step covers one chunk");
 // Vector types of the compiler, because it does not vectorise comparisons of floats on its own unless told
 // that they cannot trap. Eight lanes are one AVX register, or two SSE or NEON ones.
 constexpr int kLanes = 8;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+template <int kWidth>
+struct Lanes {
+  typedef float Floats __attribute__((vector_size(4 * kWidth)));
+  typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+  typedef double Doubles __attribute__((vector_size(8 * kWidth)));
+};
+typedef Lanes<kLanes>::Floats Floats;
+typedef Lanes<kLanes>::Ints Ints;
 typedef double Doubles __attribute__((vector_size(32)));
 typedef int64_t Longs __attribute__((vector_size(32)));
 
-SPECFUSE_INLINE Floats load(const float* x) {
-  Floats values;
+template <typename Vector = Floats>
+SPECFUSE_INLINE Vector load(const float* x) {
+  Vector values;
   std::memcpy(&values, x, sizeof values);
   return values;
 }
 
 // exp(x) for x <= 0, relative error about 2e-7 near 0 growing to 1e-5 at -87, where it levels off; exactly 1
 // at 0. 2^f on [-1/2, 1/2] is its Taylor polynomial, scaled by writing the integer part into the exponent.
-SPECFUSE_INLINE Floats exp_nonpositive(const Floats& x) {
+template <int kWidth = kLanes>
+SPECFUSE_INLINE typename Lanes<kWidth>::Floats exp_nonpositive(const typename Lanes<kWidth>::Floats& x) {
+  typedef typename Lanes<kWidth>::Floats Floats;
+  typedef typename Lanes<kWidth>::Ints Ints;
   const Floats lowest = Floats{} - 87.0f;
   const Floats t = (x > -87.0f ? x : lowest) * 1.44269504f;
   const Floats shifted = t + 12582912.0f;  // 1.5 * 2^23 rounds t to an integer in the low bits
@@ -66,24 +76,40 @@ SPECFUSE_INLINE void from_bfloat16_body(const uint16_t* in, int64_t V, float* ou
   for (int64_t i = 0; i < V; ++i) out[i] = float_from_bfloat16(in[i]);
 }
 
+// Folded in halves: a chain of scalar comparisons would be mispredicted branches.
+template <int kWidth>
+SPECFUSE_INLINE float largest(const typename Lanes<kWidth>::Floats& values) {
+  typename Lanes<kWidth / 2>::Floats low, high;
+  std::memcpy(&low, &values, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&values) + sizeof low, sizeof high);
+  if constexpr (kWidth == 4) {
+    const float first = low[0] > high[0] ? low[0] : high[0], second = low[1] > high[1] ? low[1] : high[1];
+    return first > second ? first : second;
+  } else {
+    return largest<kWidth / 2>(low > high ? low : high);
+  }
+}
+
+template <int kWidth>
 SPECFUSE_INLINE bool chunk_maxima_body(const float* x, int64_t V, float* maxima) {
+  typedef typename Lanes<kWidth>::Floats Floats;
+  typedef typename Lanes<kWidth>::Ints Ints;
   Ints nan{};
   float buffer[kStep];
   for (int64_t base = 0; base < V; base += kStep) {
     const float* step = step_at(x, base, V, buffer);
-    Floats best = load(step);
-    for (int i = 0; i < kStep; i += kLanes) {
-      const Floats values = load(step + i);
+    Floats best = load<Floats>(step);
+    for (int i = 0; i < kStep; i += kWidth) {
+      const Floats values = load<Floats>(step + i);
       best = values > best ? values : best;
-      nan |= values != values;
+      // Negative for NaN only: compilers take a comparison kept as a value apart into scalars here.
+      nan |= 0x7F800000 - (reinterpret_cast<Ints>(values) & 0x7FFFFFFF);
     }
-    float chunk = best[0];
-    for (int j = 1; j < kLanes; ++j) chunk = best[j] > chunk ? best[j] : chunk;
-    maxima[base / kStep] = chunk;
+    maxima[base / kStep] = largest<kWidth>(best);
   }
   int32_t found = 0;
-  for (int j = 0; j < kLanes; ++j) found |= nan[j];
-  return found != 0;
+  for (int j = 0; j < kWidth; ++j) found |= nan[j];
+  return found < 0;
 }
 
 // Weights of one step of tokens, the first of which is `base`; 0 outside the cut. Returns their sums per
@@ -111,8 +137,34 @@ SPECFUSE_INLINE double sum_of(const Floats& values) {
   return sum;
 }
 
+// The mass of a row that no filter cuts. An impossible token adds exp(-87), 2e-38 beside the 1 of the
+// largest. Sums go over to double step by step, lane by lane.
+template <int kWidth>
+SPECFUSE_INLINE double whole_mass(const float* x, int64_t V, float max, float inverse_temperature) {
+  typedef typename Lanes<kWidth>::Floats Floats;
+  typedef typename Lanes<kWidth>::Doubles Doubles;
+  float buffer[kStep];
+  Doubles total{};
+  for (int64_t base = 0; base < V; base += kStep) {
+    const float* step = step_at(x, base, V, buffer);
+    Floats sums{};
+    for (int i = 0; i < kStep; i += kWidth) {
+      const Floats values = load<Floats>(step + i);
+      sums += exp_nonpositive<kWidth>((values - max) * inverse_temperature);
+    }
+    total += __builtin_convertvector(sums, Doubles);
+  }
+  double mass = 0.0;
+  for (int j = 0; j < kWidth; ++j) mass += total[j];
+  return mass;
+}
+
+template <int kWidth>
 SPECFUSE_INLINE double exp_mass_body(const float* x, int64_t V, float max, float inverse_temperature,
                                      Cut cut) {
+  if (cut.value == -std::numeric_limits<float>::infinity()) {
+    return whole_mass<kWidth>(x, V, max, inverse_temperature);
+  }
   float weights[kStep], buffer[kStep];
   double mass = 0.0;
   for (int64_t base = 0; base < V; base += kStep) {
@@ -122,16 +174,15 @@ SPECFUSE_INLINE double exp_mass_body(const float* x, int64_t V, float max, float
 }
 
 SPECFUSE_INLINE bool any_candidate(const uint32_t* words, const float* weights, float scale) {
-  Ints any{};
+  Floats best = Floats{} - 1.0f;
   for (int i = 0; i < kStep; i += kLanes) {
     Ints bits;
     std::memcpy(&bits, words + i, sizeof bits);
     const Floats uniforms = __builtin_convertvector((bits >> 8) & 0xFFFFFF, Floats) * 0x1p-24f;
-    any |= 1.0f - uniforms <= load(weights + i) * scale;
+    const Floats margin = load(weights + i) * scale - (1.0f - uniforms);
+    best = margin > best ? margin : best;
   }
-  int32_t found = 0;
-  for (int j = 0; j < kLanes; ++j) found |= any[j];
-  return found != 0;
+  return largest<kLanes>(best) >= 0.0f;
 }
 
 // exp(x) for x <= 0 to about 1e-15, levelling off at -700: Cody and Waite's reduction, then the Taylor
@@ -233,7 +284,7 @@ SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery&
   return best;
 }
 
-#define SPECFUSE_ROW_PASSES(suffix, attributes)                                                            \
+#define SPECFUSE_ROW_PASSES(suffix, width, noise, attributes)                                              \
   attributes void from_half_##suffix(const uint16_t* in, int64_t V, float* out) {                          \
     from_half_body(in, V, out);                                                                            \
   }                                                                                                        \
@@ -241,11 +292,11 @@ SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery&
     from_bfloat16_body(in, V, out);                                                                        \
   }                                                                                                        \
   attributes bool chunk_maxima_##suffix(const float* x, int64_t V, float* maxima) {                        \
-    return chunk_maxima_body(x, V, maxima);                                                                \
+    return chunk_maxima_body<width>(x, V, maxima);                                                         \
   }                                                                                                        \
   attributes double exp_mass_##suffix(const float* x, int64_t V, float max, float inverse_temperature,     \
                                       Cut cut) {                                                           \
-    return exp_mass_body(x, V, max, inverse_temperature, cut);                                             \
+    return exp_mass_body<width>(x, V, max, inverse_temperature, cut);                                      \
   }                                                                                                        \
   attributes double weights_##suffix(const float* x, int64_t V, float max, double temperature, Cut cut,    \
                                      double* out) {                                                        \
@@ -256,26 +307,37 @@ SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery&
     mass_histogram_body(x, V, max, temperature, bins_per_unit, bins);                                      \
   }                                                                                                        \
   attributes Sample sample_##suffix(const float* x, int64_t V, const SampleQuery& query) {                 \
-    return sample_body<step_noise_##suffix>(x, V, query);                                                  \
+    return sample_body<noise>(x, V, query);                                                                \
   }                                                                                                        \
   constexpr RowPasses passes_##suffix{from_half_##suffix, from_bfloat16_##suffix, chunk_maxima_##suffix,   \
                                       exp_mass_##suffix,  weights_##suffix,       mass_histogram_##suffix, \
                                       sample_##suffix};
 
-SPECFUSE_ROW_PASSES(baseline, )
+SPECFUSE_ROW_PASSES(baseline, kLanes, step_noise_baseline, )
 #ifdef SPECFUSE_X86
-SPECFUSE_ROW_PASSES(avx2, __attribute__((target("avx2,fma"))))
+SPECFUSE_ROW_PASSES(avx2, kLanes, step_noise_avx2, __attribute__((target("avx2,fma"))))
+SPECFUSE_ROW_PASSES(
+    avx512, 16, step_noise_avx2,
+    __attribute__((target("avx2,fma,avx512f,avx512vl,avx512bw,avx512dq,prefer-vector-width=512"))))
 #endif
 
 }  // namespace
 
 const RowPasses& row_passes() {
 #ifdef SPECFUSE_X86
-  static const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && !std::getenv("SPECFUSE_PORTABLE");
-  if (avx2) return passes_avx2;
-#endif
+  static const RowPasses& chosen = []() -> const RowPasses& {
+    const char* most = std::getenv("SPECFUSE_CPU_ISA");
+    const auto allowed = [&](const char* lower) { return !most || std::strcmp(most, lower) != 0; };
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed("baseline");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && allowed("avx2")) return passes_avx512;
+    return avx2 ? passes_avx2 : passes_baseline;
+  }();
+  return chosen;
+#else
   return passes_baseline;
+#endif
 }
 
 }  // namespace specfuse

@@ -37,8 +37,9 @@ struct Sample {
   double log_mass;  // log of the kept tokens' sum of exp((x - max) / temperature)
 };
 
-// The instruction set is chosen once, at the first call; SPECFUSE_PORTABLE in the environment asks for the
-// baseline one. Results agree in every discrete output.
+// The instruction set is chosen once, at the first call: AVX-512, AVX2 or the baseline, whatever the
+// processor has; SPECFUSE_CPU_ISA=avx2 or =baseline in the environment asks for a lesser one. Results agree
+// in every discrete output.
 struct RowPasses {
   // Converts V fp16 or bf16 values to float.
   void (*from_half)(const uint16_t* in, int64_t V, float* out);

@@ -137,8 +137,31 @@ def test_a_real_vocabulary(rule: dict[str, float], spread: float) -> None:
 
 
 @pytest.mark.skipif(native.cpu is None, reason="the C++ module is not built")
-def test_the_portable_instruction_set_agrees() -> None:
-    """This file's comparisons with a real vocabulary again, in a process that leaves AVX2 unused."""
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    """Enough logits that a thread is worth starting, walks of different lengths."""
+    generator = torch.Generator().manual_seed(3)
+    B, N, V = 37, 5, 32003
+    tokens, parents = random_tree(generator, B, N, V)
+    logits = torch.randn(B, N, V, generator=generator)
+    logits[:, :, :4] += 12.0  # drafts come true
+    args = arguments(logits, tokens, parents, temperature=0.7, top_p=0.9)
+    before = torch.get_num_threads()
+    try:
+        outputs = []
+        for threads in (1, 3, 64):
+            torch.set_num_threads(threads)
+            outputs.append(op(*args))
+    finally:
+        torch.set_num_threads(before)
+    assert outputs[0][1].max() > 2, "walks go on"
+    for output in outputs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs[0], output, strict=True))
+
+
+@pytest.mark.skipif(native.cpu is None, reason="the C++ module is not built")
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_lesser_instruction_sets_agree(isa: str) -> None:
+    """The comparisons with a real vocabulary again, in a process that leaves AVX-512 or AVX2 unused."""
     command = [
         sys.executable,
         "-m",
@@ -150,7 +173,7 @@ def test_the_portable_instruction_set_agrees() -> None:
         "-k",
         "real_vocabulary",
     ]
-    environment = {**os.environ, "SPECFUSE_PORTABLE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "SPECFUSE_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "12 passed" in result.stdout, result.stdout + result.stderr
 

@@ -126,7 +126,7 @@ if native.cpu is not None:
     @torch.library.impl("specfuse::verify_tree", "cpu")
     def _cpu(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call, outputs, _inputs = _native_call(logits, args)
-        native.cpu.verify_tree(*call)
+        native.cpu.verify_tree(*call, torch.get_num_threads())
         return outputs
 
 
