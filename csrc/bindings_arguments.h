@@ -12,6 +12,7 @@
 
 #include "compact_kv.h"
 #include "verify_tree.h"
+#include "verify_tree_rejection.h"
 
 namespace specfuse {
 namespace bindings {
@@ -51,6 +52,24 @@ inline VerifyTreeParams verify_tree_params(uintptr_t logits, int dtype, const st
           pointer<int32_t>(outputs[1]),
           pointer<int64_t>(outputs[2]),
           pointer<float>(outputs[3])};
+}
+
+// The drafter's side: draft_probs [B, N, W] with its strides, and the ids where it is sparse.
+inline VerifyTreeRejectionParams verify_tree_rejection_params(const VerifyTreeParams& tree, uintptr_t probs,
+                                                              int dtype, int64_t W,
+                                                              const std::array<int64_t, 3>& strides,
+                                                              uintptr_t ids, bool sparse,
+                                                              bool with_replacement) {
+  return {tree,
+          pointer<const void>(probs),
+          strides[0],
+          strides[1],
+          strides[2],
+          static_cast<LogitsDtype>(dtype),
+          W,
+          sparse,
+          pointer<const int64_t>(ids),
+          with_replacement};
 }
 
 // Address, stride_b, stride_g, stride_s, G, Smax, row_bytes of a cache tensor, strides in bytes.

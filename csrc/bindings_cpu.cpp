@@ -16,6 +16,13 @@ using namespace specfuse::bindings;
 
 namespace {
 
+void raise_on(const specfuse::ArgumentError& error) {
+  if (!error.message) return;
+  std::ostringstream text;
+  text << error.message << ", got " << error.value << " in row " << error.row;
+  throw std::invalid_argument(text.str());
+}
+
 void verify_tree(uintptr_t logits, int dtype, const std::array<int64_t, 3>& shape,
                  const std::array<int64_t, 3>& strides, const std::array<uintptr_t, 9>& inputs,
                  const std::array<uintptr_t, 4>& outputs, int threads) {
@@ -25,11 +32,23 @@ void verify_tree(uintptr_t logits, int dtype, const std::array<int64_t, 3>& shap
     pybind11::gil_scoped_release release;
     error = specfuse::verify_tree_cpu(params, threads);
   }
-  if (error.message) {
-    std::ostringstream text;
-    text << error.message << ", got " << error.value << " in row " << error.row;
-    throw std::invalid_argument(text.str());
+  raise_on(error);
+}
+
+void verify_tree_rejection(uintptr_t logits, int dtype, const std::array<int64_t, 3>& shape,
+                           const std::array<int64_t, 3>& strides, const std::array<uintptr_t, 9>& inputs,
+                           const std::array<uintptr_t, 4>& outputs, uintptr_t draft_probs, int draft_dtype,
+                           int64_t W, const std::array<int64_t, 3>& draft_strides, uintptr_t draft_ids,
+                           bool sparse, bool with_replacement) {
+  const auto tree = verify_tree_params(logits, dtype, shape, strides, inputs, outputs);
+  const auto params = verify_tree_rejection_params(tree, draft_probs, draft_dtype, W, draft_strides,
+                                                   draft_ids, sparse, with_replacement);
+  specfuse::ArgumentError error;
+  {
+    pybind11::gil_scoped_release release;
+    error = specfuse::verify_tree_rejection_cpu(params);
   }
+  raise_on(error);
 }
 
 void compact_kv(const std::vector<KvTuple>& tensors, int64_t B, int64_t K, uintptr_t path, uintptr_t length,
@@ -45,8 +64,8 @@ void compact_kv(const std::vector<KvTuple>& tensors, int64_t B, int64_t K, uintp
 }
 
 // The random word of one token, for tests of the noise.
-uint32_t noise_word(int64_t seed, int64_t position, int64_t token) {
-  return specfuse::noise_word(seed, position, token);
+uint32_t noise_word(int64_t seed, int64_t position, int64_t token, uint32_t stream) {
+  return specfuse::noise_word(seed, position, token, static_cast<specfuse::NoiseStream>(stream));
 }
 
 // The words of tokens 0 .. count - 1 as the row passes draw them; count is a multiple of their step.
@@ -68,8 +87,10 @@ std::vector<uint32_t> noise_words(int64_t seed, int64_t position, int64_t count,
 
 PYBIND11_MODULE(_C_cpu, module) {
   module.def("verify_tree", &verify_tree);
+  module.def("verify_tree_rejection", &verify_tree_rejection);
   module.def("compact_kv", &compact_kv);
-  module.def("noise_word", &noise_word);
+  module.def("noise_word", &noise_word, pybind11::arg("seed"), pybind11::arg("position"),
+             pybind11::arg("token"), pybind11::arg("stream") = 0);
   module.def("noise_words", &noise_words);
   bind_corpus_index(module);
 }

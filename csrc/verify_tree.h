@@ -57,12 +57,20 @@ SPECFUSE_HD void philox4x32(uint32_t words[4], uint32_t key0, uint32_t key1) {
 // Independent streams of noise at one (seed, position), kept apart by the last word of the counter.
 enum class NoiseStream : uint32_t { kTarget = 0, kCoin = 1, kResidual = 2 };
 
-// The random word of one token: four consecutive token ids share a Philox block.
+// The random words of tokens 4 * block .. 4 * block + 3.
+SPECFUSE_HD void noise_block(int64_t seed, int64_t position, int64_t block, NoiseStream stream,
+                             uint32_t words[4]) {
+  words[0] = static_cast<uint32_t>(block);
+  words[1] = static_cast<uint32_t>(position);
+  words[2] = static_cast<uint32_t>(position >> 32);
+  words[3] = static_cast<uint32_t>(stream);
+  philox4x32(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
 SPECFUSE_HD uint32_t noise_word(int64_t seed, int64_t position, int64_t token,
                                 NoiseStream stream = NoiseStream::kTarget) {
-  uint32_t words[4] = {static_cast<uint32_t>(token >> 2), static_cast<uint32_t>(position),
-                       static_cast<uint32_t>(position >> 32), static_cast<uint32_t>(stream)};
-  philox4x32(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  uint32_t words[4];
+  noise_block(seed, position, token >> 2, stream, words);
   return words[token & 3];
 }
 

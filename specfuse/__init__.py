@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from specfuse.ops.compact_kv import compact_kv as compact_kv
     from specfuse.ops.verify_tree import AcceptedPath as AcceptedPath
     from specfuse.ops.verify_tree import verify_tree as verify_tree
+    from specfuse.ops.verify_tree_rejection import verify_tree_rejection as verify_tree_rejection
     from specfuse.session import VideoSession as VideoSession
     from specfuse.stats import GenerationStats as GenerationStats
     from specfuse.tree import TokenTree as TokenTree
@@ -60,6 +61,7 @@ _HOME = {
     "patched": "specfuse.vision_cache",
     "unpatch": "specfuse.vision_cache",
     "verify_tree": "specfuse.ops.verify_tree",
+    "verify_tree_rejection": "specfuse.ops.verify_tree_rejection",
 }
 __all__ = [*_HOME, "__version__"]
 

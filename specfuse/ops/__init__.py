@@ -5,5 +5,13 @@ from __future__ import annotations
 from specfuse.ops.compact_kv import compact_kv
 from specfuse.ops.implementations import implementations, self_test
 from specfuse.ops.verify_tree import AcceptedPath, verify_tree
+from specfuse.ops.verify_tree_rejection import verify_tree_rejection
 
-__all__ = ["AcceptedPath", "compact_kv", "implementations", "self_test", "verify_tree"]
+__all__ = [
+    "AcceptedPath",
+    "compact_kv",
+    "implementations",
+    "self_test",
+    "verify_tree",
+    "verify_tree_rejection",
+]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from specfuse.kernels.compact_kv_ref import compact_kv_ref
 from specfuse.kernels.verify_tree_ref import verify_tree_ref
+from specfuse.kernels.verify_tree_rejection_ref import verify_tree_rejection_ref
 
 
 class SelfTest(NamedTuple):
@@ -50,6 +51,22 @@ def _verify_tree(device: str) -> bool:
     return discrete and torch.allclose(expected[3], actual[3].cpu(), atol=1e-5)
 
 
+def _verify_tree_rejection(device: str) -> bool:
+    """The rows of the case above, sampled, with the drafter's probabilities dense and as their 9 largest."""
+    logits, *rest = _verify_tree_case()
+    draft_probs = (0.7 * logits).softmax(-1)
+    for probs, ids in ((draft_probs, None), draft_probs.topk(9)):
+        case: tuple[Any, ...] = (logits, probs, ids, False, *rest)
+        expected = verify_tree_rejection_ref(*case)
+        there = (x.to(device) if isinstance(x, Tensor) else x for x in case)
+        actual = torch.ops.specfuse.verify_tree_rejection(*there)
+        if not all(torch.equal(e, a.cpu()) for e, a in zip(expected[:3], actual[:3], strict=True)):
+            return False
+        if not torch.allclose(expected[3], actual[3].cpu(), atol=1e-5):
+            return False
+    return True
+
+
 def _compact_kv(device: str) -> bool:
     expected = [torch.arange(2 * 3 * 9 * 4, dtype=torch.float32).reshape(2, 3, 9, 4) for _ in range(2)]
     actual = [t.to(device, copy=True) for t in expected]
@@ -62,5 +79,6 @@ def _compact_kv(device: str) -> bool:
 
 SELF_TESTS: dict[str, SelfTest] = {
     "verify_tree": SelfTest(_verify_tree, cuda="CUDA", cpu="C++"),
+    "verify_tree_rejection": SelfTest(_verify_tree_rejection, cuda="CUDA", cpu="C++"),
     "compact_kv": SelfTest(_compact_kv, cuda="CUDA", cpu="C++"),
 }

@@ -43,7 +43,10 @@ class AcceptedPath(NamedTuple):
     logprobs: Tensor  # [B, N] float32 log-probability of the token emitted at path[b, i], padded with 0
 
 
-def _check(logits: Tensor, tokens: Tensor, parents: Tensor, num_nodes: Tensor, *per_row: Tensor) -> None:
+def check_inputs(
+    logits: Tensor, tokens: Tensor, parents: Tensor, num_nodes: Tensor, *per_row: Tensor
+) -> None:
+    """Raises ValueError for a wrong shape, dtype or device of the schema's tensors."""
     if logits.dim() != 3 or logits.dtype not in _LOGITS_DTYPES:
         raise ValueError(f"logits must be [B, N, V] float32, float16 or bfloat16, got {_describe(logits)}")
     B, N, V = logits.shape
@@ -77,11 +80,12 @@ def _check_value(name: str, value: float) -> None:
 
 @torch.library.register_fake("specfuse::verify_tree")
 def _fake(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(logits, *args)
-    return _empty_outputs(logits)
+    check_inputs(logits, *args)
+    return empty_outputs(logits)
 
 
-def _empty_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of an :class:`AcceptedPath`, not filled in."""
     B, N, _ = logits.shape
     return (
         logits.new_empty((B, N), dtype=torch.int32),
@@ -91,14 +95,19 @@ def _empty_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _reference(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(logits, *args)
-    for name, values in zip(_PER_ROW, args[3:], strict=True):
+def check_values(width: int, num_nodes: Tensor, *per_row: Tensor) -> None:
+    """The checks of csrc/verify_tree_cpu.cpp, in its words; ``width`` is N."""
+    for name, values in zip(_PER_ROW, per_row, strict=True):
         for value in values.tolist():
             _check_value(name, value)
-    for n in args[2].tolist():
-        if not 0 <= n <= logits.shape[1]:
-            raise ValueError(f"num_nodes must lie between 0 and the tree's width {logits.shape[1]}, got {n}")
+    for n in num_nodes.tolist():
+        if not 0 <= n <= width:
+            raise ValueError(f"num_nodes must lie between 0 and the tree's width {width}, got {n}")
+
+
+def _reference(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_inputs(logits, *args)
+    check_values(logits.shape[1], *args[2:])
     return verify_tree_ref(logits, *args)
 
 
@@ -107,9 +116,9 @@ torch.library.impl("specfuse::verify_tree", "default", _reference)
 
 def _native_call(logits: Tensor, args: tuple[Tensor, ...]) -> tuple:
     """Arguments of the native functions (csrc/bindings_cpu.cpp), the outputs, and what must stay alive."""
-    _check(logits, *args)
+    check_inputs(logits, *args)
     inputs = [t.contiguous() for t in args]
-    outputs = _empty_outputs(logits)
+    outputs = empty_outputs(logits)
     call = (
         logits.data_ptr(),
         _LOGITS_DTYPES[logits.dtype],
@@ -157,6 +166,29 @@ def _per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype)
         # Seeds wrap to 64 bits; any top_k beyond the vocabulary is the same as the vocabulary.
         value = min(value, 2**31 - 1) if name == "top_k" else (int(value) + 2**63) % 2**64 - 2**63
     return torch.full((like.shape[0],), value, dtype=dtype, device=like.device)
+
+
+def per_row_tensors(
+    logits: Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    min_p: float | Tensor,
+    seed: int | Tensor,
+    positions: int | Tensor | None,
+) -> list[Tensor]:
+    """The [B] tensors of the schema from what a caller may give for them."""
+    seeds = _per_row("seed", seed, logits, torch.int64)
+    if not isinstance(seed, Tensor):
+        seeds = seeds + torch.arange(logits.shape[0], device=logits.device)
+    return [
+        _per_row("temperature", temperature, logits, torch.float32),
+        _per_row("top_k", top_k, logits, torch.int32),
+        _per_row("top_p", top_p, logits, torch.float32),
+        _per_row("min_p", min_p, logits, torch.float32),
+        seeds,
+        _per_row("positions", 0 if positions is None else positions, logits, torch.int64),
+    ]
 
 
 def verify_tree(
@@ -213,19 +245,11 @@ def verify_tree(
         logits = logits.float()
     if logits.dim() != 3:
         raise ValueError(f"logits must be [B, N, V], got {_describe(logits)}")
-    seeds = _per_row("seed", seed, logits, torch.int64)
-    if not isinstance(seed, Tensor):
-        seeds = seeds + torch.arange(logits.shape[0], device=logits.device)
     outputs = _op(
         logits.detach(),
         tree.tokens,
         tree.parents,
         tree.num_nodes,
-        _per_row("temperature", temperature, logits, torch.float32),
-        _per_row("top_k", top_k, logits, torch.int32),
-        _per_row("top_p", top_p, logits, torch.float32),
-        _per_row("min_p", min_p, logits, torch.float32),
-        seeds,
-        _per_row("positions", 0 if positions is None else positions, logits, torch.int64),
+        *per_row_tensors(logits, temperature, top_k, top_p, min_p, seed, positions),
     )
     return AcceptedPath(*outputs)
