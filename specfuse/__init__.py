@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from specfuse.generate import custom_generate as custom_generate
     from specfuse.generate import generate as generate
     from specfuse.ops.compact_kv import compact_kv as compact_kv
+    from specfuse.ops.tree_attention import tree_attention as tree_attention
     from specfuse.ops.verify_tree import AcceptedPath as AcceptedPath
     from specfuse.ops.verify_tree import verify_tree as verify_tree
     from specfuse.ops.verify_tree_rejection import verify_tree_rejection as verify_tree_rejection
@@ -59,6 +60,7 @@ _HOME = {
     "generate": "specfuse.generate",
     "patch": "specfuse.vision_cache",
     "patched": "specfuse.vision_cache",
+    "tree_attention": "specfuse.ops.tree_attention",
     "unpatch": "specfuse.vision_cache",
     "verify_tree": "specfuse.ops.verify_tree",
     "verify_tree_rejection": "specfuse.ops.verify_tree_rejection",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from specfuse.ops.compact_kv import compact_kv
 from specfuse.ops.implementations import implementations, self_test
+from specfuse.ops.tree_attention import tree_attention
 from specfuse.ops.verify_tree import AcceptedPath, verify_tree
 from specfuse.ops.verify_tree_rejection import verify_tree_rejection
 
@@ -12,6 +13,7 @@ __all__ = [
     "compact_kv",
     "implementations",
     "self_test",
+    "tree_attention",
     "verify_tree",
     "verify_tree_rejection",
 ]

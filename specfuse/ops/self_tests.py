@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specfuse.kernels.compact_kv_ref import compact_kv_ref
+from specfuse.kernels.tree_attention_ref import tree_attention_ref
 from specfuse.kernels.verify_tree_ref import verify_tree_ref
 from specfuse.kernels.verify_tree_rejection_ref import verify_tree_rejection_ref
 
@@ -77,7 +78,21 @@ def _compact_kv(device: str) -> bool:
     return all(torch.equal(e, a.cpu()) for e, a in zip(expected, actual, strict=True))
 
 
+def _tree_attention(device: str) -> bool:
+    """A padded and a ragged row, float16 on a GPU, where the fast implementation takes it."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, s, 64, generator=generator).to(dtype) for n, s in ((4, 5), (2, 60), (2, 60)))
+    lengths, starts = torch.tensor([55, 20]), torch.tensor([0, 3])
+    ancestors = torch.tensor([[0b1, 0b11, 0b101, 0b1011, 0b10000]] * 2)
+    expected = tree_attention_ref(q.double(), k.double(), v.double(), lengths, ancestors, starts=starts)
+    tensors = (t.to(device) for t in (q, k, v, lengths, ancestors))
+    actual = torch.ops.specfuse.tree_attention(*tensors, None, None, starts.to(device), 0.125, 5, 55, "auto")
+    return torch.allclose(expected, actual.double().cpu(), atol=1e-5 if device == "cpu" else 3e-3)
+
+
 SELF_TESTS: dict[str, SelfTest] = {
+    "tree_attention": SelfTest(_tree_attention, cuda="Triton"),
     "verify_tree": SelfTest(_verify_tree, cuda="CUDA", cpu="C++"),
     "verify_tree_rejection": SelfTest(_verify_tree_rejection, cuda="CUDA", cpu="C++"),
     "compact_kv": SelfTest(_compact_kv, cuda="CUDA", cpu="C++"),

@@ -1,0 +1,94 @@
+"""The Triton kernels of ``tree_attention`` under the interpreter, one to several splits, small tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from tree_attention_cases import CASES, TreeCase, assert_close, definition, tree_case
+
+from specfuse.kernels import tree_attention as kernel
+from specfuse.kernels import tuned
+
+
+def config(splits: int, **changes: int) -> dict[str, int]:
+    base = {"BLOCK_M": 16, "BLOCK_S": 32, "blocks_per_sm": 2, "num_warps": 4, "num_stages": 2}
+    return base | {"splits": splits} | changes
+
+
+def launch(x: dict, out: Tensor | None = None) -> Tensor:
+    B, H, N, D = x["q"].shape
+    # Poisoned: an element that no program writes is seen.
+    out = torch.full((B, N, H, D), torch.nan, dtype=x["q"].dtype).transpose(1, 2) if out is None else out
+    longest = x["k_cache"].shape[2]
+    return kernel.tree_attention(**x, scale=D**-0.5, longest=longest, out=out)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial results that a split does not write are NaN."""
+    empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: object, **options: object) -> Tensor:
+        made = empty(self, *args, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32(case: TreeCase, splits: int) -> None:
+    x = tree_case(case)
+    with tuned.override("tree_attention", config(splits)):
+        assert_close(launch(x), x)
+
+
+@pytest.mark.parametrize("case", CASES[4:8], ids=str)
+def test_float16(case: TreeCase) -> None:
+    x = tree_case(case, torch.float16)
+    with tuned.override("tree_attention", config(2, BLOCK_M=32, BLOCK_S=16)):
+        assert_close(launch(x), x)
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 32, 48, 49, 97])
+def test_lengths_around_the_shares_of_a_split(length: int) -> None:
+    x = tree_case(TreeCase(4, [length, 50], starts=[length // 3, 0], padding=1))
+    for splits in (1, 2, 3, 7):
+        with tuned.override("tree_attention", config(splits, BLOCK_S=16)):
+            assert_close(launch(x), x)
+
+
+def test_views_of_larger_tensors() -> None:
+    x = tree_case(TreeCase(5, [40, 21], D=80, own=True))
+    for name in ("k_cache", "v_cache", "k_tree", "v_tree"):
+        B, G, S, D = x[name].shape
+        larger = torch.full((B + 1, S + 2, G + 1, D + 16), torch.nan)
+        view = larger[1:, 1 : S + 1, :G, 8 : 8 + D].transpose(1, 2)
+        x[name] = view.copy_(x[name])
+    larger = torch.full((2, 4, 9, 80), torch.nan)
+    with tuned.override("tree_attention", config(2)):
+        out = launch(x, larger[:, :, 2:7])
+    assert_close(out, x)
+    assert larger[:, :, :2].isnan().all() and larger[:, :, 7:].isnan().all()
+
+
+def test_the_chosen_configurations_agree() -> None:
+    """Whatever kernels/configs holds, the answer is the same."""
+    x = tree_case(TreeCase(17, [333, 150], H=8, D=64))
+    configs = {str(e["config"]): e["config"] for e in tuned._entries("tree_attention", None)}
+    assert len(configs) > 3
+    for chosen in configs.values():
+        with tuned.override("tree_attention", chosen):
+            assert_close(launch(x), x)
+    assert_close(launch(x), x)
+
+
+def test_bits_beyond_the_tail_and_lengths_beyond_the_cache_read_nothing() -> None:
+    x = tree_case(TreeCase(3, [20]), slack=0)
+    expected = definition(x)
+    x["ancestors"] = x["ancestors"] | 1 << 40
+    with tuned.override("tree_attention", config(2)):
+        torch.testing.assert_close(launch(x).double(), expected, atol=1e-6, rtol=0)
+        x["lengths"] = torch.tensor([22])
+        assert launch(x).shape == expected.shape  # slot 23 and 24 do not exist
