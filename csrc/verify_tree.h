@@ -37,6 +37,10 @@ struct VerifyTreeParams {
   int32_t* length;           // [B] out
   int64_t* next_token;       // [B] out, -1 where nothing can be emitted
   float* logprobs;           // [B, N] out, padded with 0
+  // Of the CUDA implementation only.
+  int64_t splits = 0;   // blocks per row of a scan of all rows, 0 = rows are read when visited
+  int64_t cluster = 1;  // blocks per tree of the walk
+  void *scratch = nullptr, *group_scratch = nullptr;
 };
 
 // Philox-4x32-10 (Salmon et al., SC 2011). `words` holds the counter on entry and the random words on return.
@@ -129,6 +133,8 @@ ArgumentError check_verify_tree(const VerifyTreeParams& params);
 ArgumentError verify_tree_cpu(const VerifyTreeParams& params, int threads);
 
 // Launches on `stream` (a cudaStream_t) and returns the error's text, null on success.
+// `scratch` holds verify_tree_cuda_scratch_bytes, 16-byte aligned, of this call alone and of any content.
+int64_t verify_tree_cuda_scratch_bytes(const VerifyTreeParams& params);
 const char* verify_tree_cuda(const VerifyTreeParams& params, void* stream);
 
 }  // namespace specfuse

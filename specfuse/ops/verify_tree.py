@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from specfuse.kernels import tuned
 from specfuse.kernels.verify_tree_ref import verify_tree_ref
 from specfuse.ops import native
 
@@ -139,13 +141,35 @@ if native.cpu is not None:
         return outputs
 
 
+def _strategy(logits: Tensor) -> tuple[int, int]:
+    """Blocks per row of a scan of all rows (0: rows are read when visited) and per tree of the walk."""
+    B, N, V = logits.shape
+    config = tuned.config("verify_tree", {"rows": B * N, "V": V, "B": B}, logits.device)
+    # Clusters of blocks begin with compute capability 9.0.
+    return config["splits"], config["cluster"] if _has_clusters(logits.device) else 1
+
+
+@lru_cache
+def _has_clusters(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _scratch(module: Any, logits: Tensor, splits: int, cluster: int) -> Tensor:
+    """Memory of this call alone: calls on other streams, or replays of a graph, do not share it."""
+    size = module.verify_tree_scratch_bytes(*logits.shape[:2], splits, cluster)
+    return logits.new_empty(size, dtype=torch.uint8)
+
+
 if native.cuda is not None:
 
     @torch.library.impl("specfuse::verify_tree", "cuda")
     def _cuda(logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call, outputs, _inputs = _native_call(logits, args)
+        splits, cluster = _strategy(logits)
+        scratch = _scratch(native.cuda, logits, splits, cluster)
         with torch.cuda.device(logits.device):
-            native.cuda.verify_tree(*call, torch.cuda.current_stream().cuda_stream)
+            stream = torch.cuda.current_stream().cuda_stream
+            native.cuda.verify_tree(*call, splits, cluster, scratch.data_ptr(), stream)
         return outputs
 
 

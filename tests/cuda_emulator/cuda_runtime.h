@@ -10,6 +10,7 @@
 
 #include "fibers.h"
 
+#define SPECFUSE_CUDA_EMULATOR
 #define __global__
 #define __device__
 #define __host__
@@ -85,6 +86,14 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
     unsigned bits = 0;
     for (unsigned lane = 0; lane < 32; ++lane) bits |= (at(lane) != 0 ? 1u : 0u) << lane;
     return bits;
+  });
+}
+
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return cuda_emulator::exchange(value, [](auto at) {
+    unsigned result = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) result = at(lane) > result ? at(lane) : result;
+    return result;
   });
 }
 

@@ -60,9 +60,9 @@ class Order {
     shuffle_ = !reverse_ && order != "forward";
     if (shuffle_) random_.seed(static_cast<unsigned>(std::atoi(order.c_str())));
   }
+  // `items` ascend, or come from an earlier call.
   void arrange(std::vector<unsigned>& items) {
-    std::sort(items.begin(), items.end());
-    if (reverse_) std::reverse(items.begin(), items.end());
+    if (reverse_ && items.front() < items.back()) std::reverse(items.begin(), items.end());
     if (shuffle_) std::shuffle(items.begin(), items.end(), random_);
   }
 
