@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from specfuse.generate import SpeculativeGenerator as SpeculativeGenerator
     from specfuse.generate import custom_generate as custom_generate
     from specfuse.generate import generate as generate
+    from specfuse.ops.adapter_cosine import AlignedScore as AlignedScore
+    from specfuse.ops.adapter_cosine import adapter_cosine as adapter_cosine
     from specfuse.ops.compact_kv import compact_kv as compact_kv
     from specfuse.ops.tree_attention import tree_attention as tree_attention
     from specfuse.ops.verify_tree import AcceptedPath as AcceptedPath
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AcceptedPath": "specfuse.ops.verify_tree",
+    "AlignedScore": "specfuse.ops.adapter_cosine",
     "CombinedDrafter": "specfuse.drafters",
     "CorpusDrafter": "specfuse.drafters",
     "DraftState": "specfuse.drafters",
@@ -54,6 +57,7 @@ _HOME = {
     "TokenTree": "specfuse.tree",
     "VideoSession": "specfuse.session",
     "VisionCache": "specfuse.vision_cache",
+    "adapter_cosine": "specfuse.ops.adapter_cosine",
     "auto_drafter": "specfuse.drafters",
     "compact_kv": "specfuse.ops.compact_kv",
     "custom_generate": "specfuse.generate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from specfuse.ops.adapter_cosine import AlignedScore, adapter_cosine
 from specfuse.ops.compact_kv import compact_kv
 from specfuse.ops.implementations import implementations, self_test
 from specfuse.ops.tree_attention import tree_attention
@@ -10,6 +11,8 @@ from specfuse.ops.verify_tree_rejection import verify_tree_rejection
 
 __all__ = [
     "AcceptedPath",
+    "AlignedScore",
+    "adapter_cosine",
     "compact_kv",
     "implementations",
     "self_test",

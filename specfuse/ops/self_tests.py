@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from specfuse.kernels.adapter_cosine_ref import adapter_cosine_ref
 from specfuse.kernels.compact_kv_ref import compact_kv_ref
 from specfuse.kernels.tree_attention_ref import tree_attention_ref
 from specfuse.kernels.verify_tree_ref import verify_tree_ref
@@ -91,7 +92,20 @@ def _tree_attention(device: str) -> bool:
     return torch.allclose(expected, actual.double().cpu(), atol=1e-5 if device == "cpu" else 3e-3)
 
 
+def _adapter_cosine(device: str) -> bool:
+    """A residual MLP on rows and features that fill no tile."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 70), (33, 70), (33,), (70, 33), (70,), (5, 70))
+    x, *weights, target = (torch.randn(shape, generator=generator) for shape in shapes)
+    expected = adapter_cosine_ref(x.double(), [w.double() for w in weights], target.double(), 0.0, 1e-8)
+    actual = torch.ops.specfuse.adapter_cosine(
+        x.to(device), [w.to(device) for w in weights], target.to(device), 0.0, 1e-8, True
+    )
+    return torch.allclose(expected[0], actual[0].double().cpu(), atol=1e-5)
+
+
 SELF_TESTS: dict[str, SelfTest] = {
+    "adapter_cosine": SelfTest(_adapter_cosine, cuda="Triton"),
     "tree_attention": SelfTest(_tree_attention, cuda="Triton"),
     "verify_tree": SelfTest(_verify_tree, cuda="CUDA", cpu="C++"),
     "verify_tree_rejection": SelfTest(_verify_tree_rejection, cuda="CUDA", cpu="C++"),
