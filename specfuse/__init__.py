@@ -16,6 +16,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specfuse.attention import register_attention as register_attention
     from specfuse.drafters import CombinedDrafter as CombinedDrafter
     from specfuse.drafters import CorpusDrafter as CorpusDrafter
     from specfuse.drafters import Drafter as Drafter
@@ -64,6 +65,7 @@ _HOME = {
     "generate": "specfuse.generate",
     "patch": "specfuse.vision_cache",
     "patched": "specfuse.vision_cache",
+    "register_attention": "specfuse.attention",
     "tree_attention": "specfuse.ops.tree_attention",
     "unpatch": "specfuse.vision_cache",
     "verify_tree": "specfuse.ops.verify_tree",

@@ -100,6 +100,7 @@ class TreeCache(Cache):
         self.longest = 0
         self.ragged = False  # rows start at different slots
         self._slots: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._lengths_on_device: Tensor | None = None
         super().__init__(layers=[TreeCacheLayer(self) for _ in range(num_layers)])
 
     @property
@@ -117,12 +118,19 @@ class TreeCache(Cache):
             index = self._slots[pending, count] = (rows, starts + torch.arange(count, device=device))
         return index
 
+    def device_lengths(self, device: torch.device) -> Tensor:
+        """``[B]`` int64 committed slots of each row, copied to the device once per commit."""
+        if self._lengths_on_device is None:
+            self._lengths_on_device = torch.tensor(self.lengths, device=device)
+        return self._lengths_on_device
+
     def set_lengths(self, lengths: list[int]) -> None:
         """Declares how many slots of each row are committed; what lies behind them is forgotten."""
         self.lengths = list(lengths)
         self.longest = max(self.lengths, default=0)
         self.ragged = min(self.lengths, default=0) != self.longest
         self._slots.clear()
+        self._lengths_on_device = None
         for layer in self.layers:
             layer.pending = 0
 

@@ -216,9 +216,7 @@ class TokenTree(NamedTuple):
         """``[B, N]`` uint64: bit j of ``bits[b, i]`` is ``ancestor_mask()[b, i, j]``. Needs N <= 64."""
         if self.width > 64:
             raise ValueError(f"ancestor_bits packs at most 64 nodes into a word, got N = {self.width}")
-        mask = self.ancestor_mask().cpu().numpy()
-        weights = np.uint64(1) << np.arange(self.width, dtype=np.uint64)
-        return torch.from_numpy((mask * weights).sum(axis=-1, dtype=np.uint64)).to(self.tokens.device)
+        return pack_bits(self.ancestor_mask()).view(torch.uint64)
 
     def to_sglang(self) -> SGLangTree:
         """The first-child / next-sibling arrays of SGLang's kernels; children in index order."""
@@ -276,6 +274,12 @@ class TokenTree(NamedTuple):
                 raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)}, got {tuple(tensor.shape)}")
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """``[..., T]`` bool with T <= 64 -> ``[...]`` int64 whose bit j is ``mask[..., j]``."""
+    # The sum of distinct powers of two is their union; bit 63 is the sign.
+    return (mask.to(torch.int64) << torch.arange(mask.shape[-1], device=mask.device)).sum(dim=-1)
 
 
 def _same_length(name: str, given: Sequence, roots: Sequence) -> None:

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from specfuse.attention import NAME as TREE_ATTENTION
+from specfuse.attention import TreeMask
 from specfuse.kv_cache import TreeCache
+from specfuse.ops.tree_attention import MAX_NODES, beats_dense_mask
 from specfuse.prompt_mask import PromptTreeMask
-from specfuse.tree import TokenTree
+from specfuse.tree import TokenTree, pack_bits
 
 # The prefill's dense [P + n, P + n] mask stays below 64 MB of bool; longer prompts are prefilled without a
 # tree.
@@ -49,8 +52,12 @@ class TreeForward:
             raise ValueError(f"model {type(model).__name__}: forward takes no position_ids, trees need them")
         self.cache = TreeCache(self.config.num_hidden_layers, batch_size, capacity)
         self.max_position = max_position
+        self.takes_tree = self.layout.implementation == TREE_ATTENTION and beats_dense_mask(
+            model.dtype, _head_dim(self.config), self.device
+        )
         self.valid: Tensor | None = None  # [B, P] bool, False at left padding; None: no padding anywhere
         self.pads = [0] * batch_size
+        self.starts: Tensor | None = None  # [B] int64 first valid slot, where left padding is all there is
         self._tail_positions: Tensor | None = None
 
     # ---------------------------------------------------------------- passes
@@ -118,9 +125,15 @@ class TreeForward:
         if self.max_position is not None and positions.shape[1] > 1:
             positions = positions.clamp(max=self.max_position)
         mask = self._step_mask(tail_mask, positions)
-        return self._call(
+        logits = self._call(
             input_ids=tokens.to(self.device), position_ids=positions.to(self.device), attention_mask=mask
         )
+        if isinstance(mask, TreeMask) and not mask.read:
+            raise ValueError(
+                f"model {type(self.model).__name__} does not attend through transformers' "
+                "AttentionInterface; load it with attn_implementation='sdpa' (or 'eager')"
+            )
+        return logits
 
     def forward_tree(self, tree: TokenTree, root_positions: Tensor) -> Tensor:
         """Runs a whole tree per row, root included; logits ``[B, N, V]``."""
@@ -147,7 +160,10 @@ class TreeForward:
         if prompt_mask is None or bool(prompt_mask.all()):
             return
         self.valid = prompt_mask.to(self.device, torch.bool)
-        self.pads = (~self.valid).sum(dim=1).tolist()
+        pads = (~self.valid).sum(dim=1)
+        self.pads = pads.tolist()
+        left_padded = torch.arange(self.valid.shape[1], device=self.device) >= pads[:, None]
+        self.starts = pads if torch.equal(self.valid, left_padded) else None
 
     def _prompt_positions(self, inputs: Mapping[str, Any], length: int) -> Tensor:
         given = inputs.get("position_ids")
@@ -177,7 +193,7 @@ class TreeForward:
             mask |= torch.eye(total, dtype=torch.bool, device=self.device)
         mask[:, length:, length:] = tree.ancestor_mask()[:, 1:, 1:].to(self.device)
         plain = self.valid is None and not filled and not self.layout.windowed
-        if plain and self.layout.implementation == "sdpa":
+        if plain and self.layout.implementation in ("sdpa", TREE_ATTENTION):
             return PromptTreeMask.wrap(mask[:, None], length)
         return self._finish_mask(mask[:, filled:], positions[:, filled:], positions)
 
@@ -187,6 +203,9 @@ class TreeForward:
         plain = self.valid is None and not self.cache.ragged
         if tail_mask is None and plain and not self.layout.windowed:
             return None
+        tree = self._tree_mask(tail_mask, pending + count)
+        if tree is not None and not self.layout.windowed:
+            return tree
         tail = self._tail(tail_mask, positions, pending)
         if plain:
             prefix = torch.ones((len(lengths), count, longest), dtype=torch.bool, device=self.device)
@@ -199,7 +218,18 @@ class TreeForward:
             slots = starts + torch.arange(pending + count, device=self.device)
             mask = seen[:, None].repeat(1, count, 1)
             mask.scatter_(2, slots[:, None].expand(-1, count, -1), tail)
-        return self._finish_mask(mask, positions.to(self.device), self._key_positions(mask.shape[2], pending))
+        keys = self._key_positions(mask.shape[2], pending)
+        finished = self._finish_mask(mask, positions.to(self.device), keys)
+        return finished | {"full_attention": tree} if tree is not None and self.layout.mixed else finished
+
+    def _tree_mask(self, tail_mask: Tensor | None, slots: int) -> TreeMask | None:
+        """Bits instead of a dense mask where the model's attention takes them: 64 slots behind the prefix."""
+        if not self.takes_tree or slots > MAX_NODES or (self.valid is not None and self.starts is None):
+            return None
+        lengths = self.cache.device_lengths(self.device)
+        alone = torch.ones((len(self.pads), 1, 1), dtype=torch.bool)
+        bits = pack_bits(alone if tail_mask is None else tail_mask)
+        return TreeMask.wrap(bits.to(self.device), lengths, self.starts, slots, self.cache.longest)
 
     def _tail(self, tail_mask: Tensor | None, positions: Tensor, pending: int) -> Tensor:
         positions = positions.to(self.device)
@@ -254,6 +284,11 @@ class _MaskLayout:
         self.mixed = mixed
 
 
+def _head_dim(config: Any) -> int:
+    given = getattr(config, "head_dim", None)
+    return given or config.hidden_size // config.num_attention_heads
+
+
 def _mask_layout(model: PreTrainedModel, config: Any) -> _MaskLayout:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
@@ -265,10 +300,11 @@ def _mask_layout(model: PreTrainedModel, config: Any) -> _MaskLayout:
             "be accelerated so far"
         )
     implementation = config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in ("sdpa", "eager", TREE_ATTENTION):
         raise ValueError(
             f"attn_implementation={implementation!r} of {name} takes no tree mask; load the model with "
-            "attn_implementation='sdpa' (or 'eager')"
+            f"attn_implementation={TREE_ATTENTION!r} (fast for trees in float16 and bfloat16 on a GPU, sdpa "
+            "elsewhere), 'sdpa' or 'eager'"
         )
     kinds = set(getattr(config, "layer_types", None) or [])
     unknown = kinds - {"full_attention", "sliding_attention"}

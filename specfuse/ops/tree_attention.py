@@ -118,12 +118,19 @@ def _run_triton(x: TreeInputs) -> Tensor:
         return _triton.tree_attention(*x, out)
 
 
+def beats_dense_mask(q_dtype: torch.dtype, D: int, device: torch.device) -> bool:
+    """Whether "auto" has something better there than a dense mask over copies of the cache."""
+    if device.type == "cpu":
+        return True
+    return _triton is not None and device.type == "cuda" and q_dtype in _HALF and D <= 128
+
+
 if _triton is not None:
 
     @torch.library.impl("specfuse::tree_attention", "cuda")
     def _cuda(q: Tensor, *args: object) -> Tensor:
         x, implementation = TreeInputs(q, *args[:-1]), args[-1]  # type: ignore[arg-type]
-        if implementation != "auto" or q.dtype not in _HALF or q.shape[3] > 128:
+        if implementation != "auto" or not beats_dense_mask(q.dtype, q.shape[-1], q.device):
             return _eager(q, *args)
         _check(x, "auto")
         return _run_triton(x)

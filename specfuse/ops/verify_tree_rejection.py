@@ -157,8 +157,9 @@ def verify_tree_rejection(
             entry is treated like one without a target distribution.
         draft_ids: ``[B, N, k]`` int64 ids of the tokens that ``draft_probs`` speaks of, unique within a row;
             all others have q = 0. Ids outside ``[0, V)`` (-1, say) are padding.
-        with_replacement: siblings were drawn independently and may repeat a token. The default is that each
-            was drawn from what its elder siblings left of q.
+        with_replacement: siblings were drawn independently, repeats included. The default is that each was
+            drawn from what its elder siblings left of q; it is exact for independent draws too, but accepts
+            a little less of them. The other way round is not exact.
         temperature: 0 makes p the one-hot argmax: the walk and the log-probabilities of :func:`verify_tree`,
             ``draft_probs`` are not read. Number or ``[B]``, as all that follow.
         top_k: keep the k largest logits and their ties; 0 keeps all.
