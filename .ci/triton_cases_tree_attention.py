@@ -67,13 +67,13 @@ _SMALL, _LARGE = ("80", "89", "120"), ("90", "100")
 CASES = [
     _attention("bf16", 128, 16, 4, 3, 128, 40_000, block_s=32, archs=_SMALL),
     _attention("bf16", 128, 16, 4, 4, 128, 56_000, block_s=32, archs=_LARGE),
-    _attention("bf16", 128, 32, 4, 2, 200, 49_152, archs=_SMALL),
-    _attention("bf16", 128, 32, 4, 3, 200, 81_920, archs=_LARGE),
-    _attention("bf16", 128, 64, 8, 2, 200, 65_536, archs=_SMALL),
+    _attention("bf16", 128, 32, 4, 2, 255, 49_152, archs=_SMALL),
+    _attention("bf16", 128, 32, 4, 3, 255, 81_920, archs=_LARGE),
+    _attention("bf16", 128, 64, 8, 2, 255, 65_536, archs=_SMALL),
     _attention("bf16", 128, 64, 4, 4, 255, 163_840, archs=_LARGE, contains={"90": "wgmma"}),
     _attention("bf16", 128, 128, 8, 2, 255, 81_920, archs=_SMALL),
     _attention("bf16", 128, 128, 8, 3, 255, 147_456, archs=_LARGE, contains={"90": "wgmma"}),
-    _attention("fp16", 80, 64, 8, 2, 200, 98_304, partial=False),
+    _attention("fp16", 80, 64, 8, 2, 255, 98_304, partial=False),
     _attention("fp16", 64, 64, 4, 2, 255, 49_152, in_cache=False),
     _attention("fp32", 96, 16, 4, 1, 255, 49_152, block_s=32),
     # Triton compiles arguments that are 1 into the code.
