@@ -6,12 +6,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from emulated import ORDERS, build, needs_compiler, with_dynamic_shared
+from emulated import FLAGS, ORDERS, build, needs_compiler, run_sanitized, with_dynamic_shared
 
 pytestmark = needs_compiler
 
 
-@pytest.fixture(params=ORDERS, autouse=True)
+every_order = pytest.mark.usefixtures("order")
+
+
+@pytest.fixture(params=ORDERS)
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_EMULATOR_ORDER", request.param)
 
@@ -61,6 +64,12 @@ __global__ void in_warps(int* out, bool) {
   __syncthreads();
   out[threadIdx.x] = lane == 0 ? sum : lane == 1 ? odd : lane == 2 ? from : total;
 }
+__global__ void overrun(int* out, bool) {
+  __shared__ int slots[64];
+  slots[threadIdx.x] = out[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 63) out[0] = out[threadIdx.x + 1];
+}
 const char* launch(int kind, bool barrier, uintptr_t address, uintptr_t scratch) {
   auto out = reinterpret_cast<int*>(address), slots = reinterpret_cast<int*>(scratch);
   void* arguments[] = {&out, &barrier};
@@ -74,6 +83,7 @@ const char* launch(int kind, bool barrier, uintptr_t address, uintptr_t scratch)
   if (kind == 2) status = cudaLaunchKernelEx(&config, reversed_in_cluster, out, slots, barrier);
   if (kind == 3) status = cudaLaunchKernel(unwritten, dim3(2), dim3(64), arguments, 256, nullptr);
   if (kind == 4) status = cudaLaunchKernel(in_warps, dim3(1), dim3(64), arguments, 0, nullptr);
+  if (kind == 5) status = cudaLaunchKernel(overrun, dim3(1), dim3(64), arguments, 0, nullptr);
   return status == cudaSuccess ? "" : cudaGetErrorString(status);
 }
 PYBIND11_MODULE(control, module) { module.def("launch", &launch); }
@@ -94,6 +104,7 @@ def launch(control: ModuleType, kind: int, barrier: bool = True) -> tuple[str, t
     return control.launch(kind, barrier, out.data_ptr(), scratch.data_ptr()), out
 
 
+@every_order
 def test_a_missing_or_diverging_barrier_shows(control: ModuleType) -> None:
     error, out = launch(control, 0)
     assert error == "" and torch.equal(out, REVERSED)
@@ -102,6 +113,7 @@ def test_a_missing_or_diverging_barrier_shows(control: ModuleType) -> None:
     assert "diverged" in launch(control, 1)[0]
 
 
+@every_order
 def test_blocks_of_a_cluster_have_their_own_shared_memory_and_meet_at_its_barrier(
     control: ModuleType,
 ) -> None:
@@ -111,11 +123,26 @@ def test_blocks_of_a_cluster_have_their_own_shared_memory_and_meet_at_its_barrie
     assert error == "" and not torch.equal(out, REVERSED)
 
 
+@every_order
 def test_shared_memory_starts_out_poisoned(control: ModuleType) -> None:
     error, out = launch(control, 3)
     assert error == "" and out.view(torch.uint8).eq(0xA5).all()
 
 
+@every_order
 def test_warps_exchange_and_atomics_add(control: ModuleType) -> None:
     error, out = launch(control, 4)
     assert error == "" and out[:3].tolist() == [496, 16, 5001] and out[3:32].eq(64).all()
+
+
+@pytest.mark.skipif(not FLAGS, reason="runs in a process of the test below only")
+def test_a_kernel_that_reads_past_a_tensor(control: ModuleType) -> None:
+    launch(control, 5)
+
+
+def test_the_sanitizer_sees_a_read_past_a_tensor() -> None:
+    file = "tests/test_cuda_emulated.py"
+    whole = "test_blocks_of_a_cluster test_warps_exchange".replace(" ", " or ")
+    assert "6 passed" in run_sanitized(file, "-k", whole)
+    output = run_sanitized(file, "-k", "test_a_kernel_that_reads_past_a_tensor")
+    assert "heap-buffer-overflow" in output and "overrun(int*, bool)" in output

@@ -178,7 +178,7 @@ def _per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype)
     if isinstance(value, Tensor):
         if value.shape not in ((), (1,), like.shape[:1]):
             raise ValueError(f"{name} must be a number or [{like.shape[0]}], got {list(value.shape)}")
-        if name == "top_k":
+        if name == "top_k" and value.dtype != dtype:
             value = value.clamp(max=2**31 - 1)
         return value.to(device=like.device, dtype=dtype).expand(like.shape[0])
     if not isinstance(value, (int, float) if dtype.is_floating_point else int):
