@@ -20,6 +20,7 @@ LIMITS = {
     "compact_kv_kernel": (64, 512),
     "verify_tree_scan_kernel": (64, 4608),
     "verify_tree_walk_kernel": (128, 29536),
+    "verify_tree_rejection_kernel": (128, 37376),
 }
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+\w?)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

@@ -36,7 +36,9 @@ SPECFUSE_HD double left_of(double p, double s, double q) {
 
 ArgumentError verify_tree_rejection_cpu(const VerifyTreeRejectionParams& params);
 
-// Launches on `stream` (a cudaStream_t) and returns the error's text, null on success.
+// Launches on `stream` (a cudaStream_t), tree.cluster blocks per tree, and returns the error's text, null on
+// success. tree.scratch holds verify_tree_rejection_cuda_scratch_bytes, of this call alone.
+int64_t verify_tree_rejection_cuda_scratch_bytes(int64_t B, int64_t cluster);
 const char* verify_tree_rejection_cuda(const VerifyTreeRejectionParams& params, void* stream);
 
 }  // namespace specfuse

@@ -305,7 +305,7 @@ def test_the_op_draws_from_the_target(name: str, sparse: bool, with_replacement:
 
 @replacement
 def test_the_reference_draws_from_the_target(with_replacement: bool) -> None:
-    drawn = verified(verify_tree_rejection_ref, 1500, with_replacement, RULES["plain"])
+    drawn = verified(verify_tree_rejection_ref, 600, with_replacement, RULES["plain"])
     assert p_value(drawn, RULES["plain"]) > 1e-3
 
 

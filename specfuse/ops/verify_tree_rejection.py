@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from specfuse.kernels import tuned
 from specfuse.kernels.verify_tree_rejection_ref import verify_tree_rejection_ref
 from specfuse.ops import native
 from specfuse.ops.verify_tree import AcceptedPath, check_inputs, check_values, empty_outputs, per_row_tensors
@@ -104,13 +105,25 @@ if native.cpu is not None:
         return outputs
 
 
-if hasattr(native.cuda, "verify_tree_rejection"):
+def _cluster(logits: Tensor) -> int:
+    """Blocks that share the rows of a tree."""
+    if torch.cuda.get_device_capability(logits.device) < (9, 0):  # no clusters of blocks before
+        return 1
+    B, _, V = logits.shape
+    return tuned.config("verify_tree_rejection", {"B": B, "V": V}, logits.device)["cluster"]
+
+
+if native.cuda is not None:
 
     @torch.library.impl("specfuse::verify_tree_rejection", "cuda")
     def _cuda(*args: Any) -> _Outputs:
         call, outputs, _inputs = _native_call(*args)
-        with torch.cuda.device(args[0].device):
-            native.cuda.verify_tree_rejection(*call, torch.cuda.current_stream().cuda_stream)
+        logits, cluster = args[0], _cluster(args[0])
+        size = native.cuda.verify_tree_rejection_scratch_bytes(logits.shape[0], cluster)
+        scratch = logits.new_empty(size, dtype=torch.uint8)  # of this call alone, also in a graph
+        with torch.cuda.device(logits.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            native.cuda.verify_tree_rejection(*call, cluster, scratch.data_ptr(), stream)
         return outputs
 
 
