@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specfuse.kernels.adapter_cosine_ref import adapter_cosine_ref
 from specfuse.kernels.compact_kv_ref import compact_kv_ref
+from specfuse.kernels.lm_head_verify_ref import lm_head_verify_ref
 from specfuse.kernels.tree_attention_ref import tree_attention_ref
 from specfuse.kernels.verify_tree_ref import verify_tree_ref
 from specfuse.kernels.verify_tree_rejection_ref import verify_tree_rejection_ref
@@ -104,10 +105,26 @@ def _adapter_cosine(device: str) -> bool:
     return torch.allclose(expected[0], actual[0].double().cpu(), atol=1e-5)
 
 
+def _lm_head_verify(device: str) -> bool:
+    _, *tree, temperature, _, _, _, seed, positions = _verify_tree_case()
+    generator = torch.Generator().manual_seed(0)
+    # Multiples of 1/8: sums are exact in any order, so that rounding cannot change a token.
+    hidden, weight = (
+        torch.randint(-8, 9, shape, generator=generator) / 8 for shape in ((3, 7, 32), (97, 32))
+    )
+    rest = (*tree, temperature, seed, positions)
+    expected = lm_head_verify_ref(hidden, weight, None, *rest)
+    on_device = (hidden.to(device), weight.to(device), None, *(t.to(device) for t in rest))
+    actual = torch.ops.specfuse.lm_head_verify(*on_device)
+    discrete = all(torch.equal(e, a.cpu()) for e, a in zip(expected[:3], actual[:3], strict=True))
+    return discrete and torch.allclose(expected[3], actual[3].cpu(), atol=1e-5)
+
+
 SELF_TESTS: dict[str, SelfTest] = {
     "adapter_cosine": SelfTest(_adapter_cosine, cuda="Triton"),
     "tree_attention": SelfTest(_tree_attention, cuda="Triton"),
     "verify_tree": SelfTest(_verify_tree, cuda="CUDA", cpu="C++"),
     "verify_tree_rejection": SelfTest(_verify_tree_rejection, cuda="CUDA", cpu="C++"),
     "compact_kv": SelfTest(_compact_kv, cuda="CUDA", cpu="C++"),
+    "lm_head_verify": SelfTest(_lm_head_verify, cuda="Triton"),
 }
