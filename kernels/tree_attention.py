@@ -25,7 +25,8 @@ GPU has run it yet.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -257,70 +258,69 @@ def tree_attention(
     B, H, N, D = q.shape
     G, Smax = k_cache.shape[1:3]
     M = H // G * N
-    config = _config(q, S=longest, M=M, BG=B * G)
-    block_m = min(config["BLOCK_M"], max(16, triton.next_power_of_2(M)))
-    blocks = {"BLOCK_M": block_m, "BLOCK_S": config["BLOCK_S"], "BLOCK_D": _padded(D)}
-    row_tiles = triton.cdiv(M, block_m)
+    device = _gpu(q.device.index) if q.device.type == "cuda" else _INTERPRETED
+    config = _FLOAT32
+    if q.element_size() == 2 or device is _INTERPRETED:
+        sizes = {"S": longest, "M": _power_of_2(M), "BG": B * G, "cc": device.capability}
+        config = tuned.config("tree_attention", sizes, q.device)
+    block_m, block_s, block_d = min(config["BLOCK_M"], _power_of_2(M)), config["BLOCK_S"], _power_of_2(D)
+    row_tiles = (M + block_m - 1) // block_m
     programs = B * G * row_tiles
-    splits = config["splits"] or _splits(programs, longest, config["blocks_per_sm"], q.device)
+    splits = config["splits"]
+    if splits == 0:  # enough programs to fill the device once, none with less than 128 keys
+        wanted = config["blocks_per_sm"] * device.multiprocessors // programs
+        splits = max(1, min(wanted, longest // 128, 64))
     partial = splits > 1
     parts = q.new_empty((B * G, splits, M, D), dtype=torch.float32) if partial else out
     lse = q.new_empty((B * G, splits, M), dtype=torch.float32) if partial else out
     k_own, v_own = (k_cache, v_cache) if k_tree is None or v_tree is None else (k_tree, v_tree)
+    row_bytes = q.element_size() * block_d
+    room = device.shared_bytes - row_bytes * block_m - 8192
     tree_attention_kernel[(programs, splits)](
         *(q, k_cache, v_cache, k_own, v_own, ancestors, lengths),
         lengths if starts is None else starts,
         *(parts, lse, G, N, M, tail, Smax, splits, row_tiles, scale * _LOG2E),
-        *(step for t in (q, k_cache, v_cache, k_own, v_own, out) for step in t.stride()[:3]),
+        *(*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3]),
+        *(*k_own.stride()[:3], *v_own.stride()[:3], *out.stride()[:3]),
         D=D,
+        BLOCK_M=block_m,
+        BLOCK_S=block_s,
         BLOCK_T=16 if tail <= 16 else 32,
+        BLOCK_D=block_d,
         HAS_TREE=k_tree is not None,
         HAS_STARTS=starts is not None,
         PARTIAL=partial,
         num_warps=config["num_warps"],
-        num_stages=_stages(config["num_stages"], blocks, q),
-        **blocks,
+        num_stages=max(1, min(config["num_stages"], room // (2 * row_bytes * block_s))),
     )
     if partial:
         tree_attention_merge_kernel[(B * H * N,)](
             *(parts, lse, out, G, N, M, splits, *out.stride()[:3]),
             D=D,
-            BLOCK_K=triton.next_power_of_2(splits),
-            BLOCK_D=_padded(D),
+            BLOCK_K=1 << (splits - 1).bit_length(),
+            BLOCK_D=block_d,
             num_warps=2,
         )
     return out
 
 
-def _config(q: Tensor, **sizes: int) -> dict[str, Any]:
-    """The tuned or untuned configuration; the untuned ones differ by architecture ("cc", 90 for sm_90)."""
-    capability = 90
-    if q.device.type == "cuda":
-        device = _properties(q.device)
-        capability = 10 * device.major + device.minor
-        if q.element_size() == 4:
-            return _FLOAT32
-    return tuned.config("tree_attention", {**sizes, "cc": capability}, q.device)
+class _Device(NamedTuple):
+    capability: int  # 90 for sm_90
+    multiprocessors: int
+    shared_bytes: int  # of one block
 
 
-def _padded(D: int) -> int:
-    return max(16, triton.next_power_of_2(D))
+# What the untuned configurations are looked up by when there is no GPU.
+_INTERPRETED = _Device(90, 4, 232_448)
 
 
-def _splits(programs: int, longest: int, blocks_per_sm: int, device: torch.device) -> int:
-    """Enough programs to fill the device once, none with less than 128 keys."""
-    multiprocessors = _properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(blocks_per_sm * multiprocessors // max(programs, 1), longest // 128, 64))
+@lru_cache
+def _gpu(index: int) -> _Device:
+    found = torch.cuda.get_device_properties(index)
+    shared = found.shared_memory_per_block_optin
+    return _Device(10 * found.major + found.minor, found.multi_processor_count, shared)
 
 
-def _stages(wanted: int, blocks: dict[str, int], q: Tensor) -> int:
-    """At most ``wanted`` pipeline stages, as many as the device's shared memory holds."""
-    if q.device.type != "cuda":
-        return wanted
-    row = q.element_size() * blocks["BLOCK_D"]
-    room = _properties(q.device).shared_memory_per_block_optin - row * blocks["BLOCK_M"] - 8192
-    return max(1, min(wanted, room // (2 * row * blocks["BLOCK_S"])))
-
-
-def _properties(device: torch.device) -> Any:
-    return torch.cuda.get_device_properties(device)
+def _power_of_2(n: int) -> int:
+    """The next one, at least 16: what a matrix product takes."""
+    return max(16, 1 << (n - 1).bit_length())

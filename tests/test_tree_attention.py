@@ -108,9 +108,9 @@ def test_ancestor_bits_of_a_token_tree_with_64_nodes() -> None:
 def test_views_and_strides(implementation: str) -> None:
     x = tree_case(TreeCase(5, [40, 21], D=80))
     plain = call(x, implementation=implementation)
-    for name in ("k_cache", "v_cache"):
+    for extra, name in enumerate(("k_cache", "v_cache")):
         B, G, S, D = x[name].shape
-        larger = torch.full((B + 1, S + 2, G + 1, D + 16), torch.nan)
+        larger = torch.full((B + 1, S + 2 + extra, G + 1 + extra, D + 16), torch.nan)
         x[name] = larger[1:, 1 : S + 1, :G, 8 : 8 + D].transpose(1, 2).copy_(x[name])
     x["q"] = x["q"].transpose(1, 2).contiguous().transpose(1, 2)
     out = call(x, implementation=implementation, longest=40)

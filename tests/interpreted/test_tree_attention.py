@@ -59,18 +59,21 @@ def test_lengths_around_the_shares_of_a_split(length: int) -> None:
             assert_close(launch(x), x)
 
 
-def test_views_of_larger_tensors() -> None:
-    x = tree_case(TreeCase(5, [40, 21], D=80, own=True))
-    for name in ("k_cache", "v_cache", "k_tree", "v_tree"):
+@pytest.mark.parametrize("own", [True, False])
+def test_views_of_larger_tensors(own: bool) -> None:
+    """Keys and values with strides of their own, an output inside a larger tensor."""
+    x = tree_case(TreeCase(35 if own else 5, [40, 21], H=2, G=1, D=80, own=own))
+    for extra, name in enumerate(("k_cache", "v_cache", "k_tree", "v_tree")[: 4 if own else 2]):
         B, G, S, D = x[name].shape
-        larger = torch.full((B + 1, S + 2, G + 1, D + 16), torch.nan)
+        larger = torch.full((B + 1, S + 2 + extra, G + 1 + extra, D + 16), torch.nan)
         view = larger[1:, 1 : S + 1, :G, 8 : 8 + D].transpose(1, 2)
         x[name] = view.copy_(x[name])
-    larger = torch.full((2, 4, 9, 80), torch.nan)
-    with tuned.override("tree_attention", config(2)):
-        out = launch(x, larger[:, :, 2:7])
+    N = x["q"].shape[2]
+    larger = torch.full((2, 2, N + 4, 80), torch.nan)
+    with tuned.override("tree_attention", config(2, BLOCK_S=16)):
+        out = launch(x, larger[:, :, 2 : N + 2])
     assert_close(out, x)
-    assert larger[:, :, :2].isnan().all() and larger[:, :, 7:].isnan().all()
+    assert larger[:, :, :2].isnan().all() and larger[:, :, N + 2 :].isnan().all()
 
 
 def test_the_chosen_configurations_agree() -> None:
@@ -84,11 +87,26 @@ def test_the_chosen_configurations_agree() -> None:
     assert_close(launch(x), x)
 
 
-def test_bits_beyond_the_tail_and_lengths_beyond_the_cache_read_nothing() -> None:
-    x = tree_case(TreeCase(3, [20]), slack=0)
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("N", [3, 32, 33])
+def test_bits_beyond_the_tail_mean_nothing(N: int, own: bool) -> None:
+    x = tree_case(TreeCase(N, [20], own=own), slack=7)
     expected = definition(x)
-    x["ancestors"] = x["ancestors"] | 1 << 40
+    x["ancestors"] = x["ancestors"] | -1 << N
+    for name in ("k_tree", "v_tree"):
+        if own:  # a row behind the last one, for whoever reads it
+            x[name] = torch.cat([x[name], torch.full((1, 2, 1, 64), torch.nan)], dim=2)[:, :, :N]
     with tuned.override("tree_attention", config(2)):
         torch.testing.assert_close(launch(x).double(), expected, atol=1e-6, rtol=0)
-        x["lengths"] = torch.tensor([22])
-        assert launch(x).shape == expected.shape  # slot 23 and 24 do not exist
+
+
+def test_slots_beyond_the_cache_are_not_read() -> None:
+    x = tree_case(TreeCase(3, [20]), slack=0)
+    larger = {name: torch.full((1, 2, 40, 64), torch.nan) for name in ("k_cache", "v_cache")}
+    for name, tensor in larger.items():
+        x[name] = tensor[:, :, :23].copy_(x[name])
+    x["lengths"] = torch.tensor([22])  # tail slots 23 and 24 do not exist
+    with tuned.override("tree_attention", config(2)):
+        assert torch.isfinite(launch(x)).all()
+        x["lengths"] = torch.tensor([39])
+        assert torch.isfinite(launch(x)).all()
