@@ -8,7 +8,6 @@ reference and nothing is gained. Bytes: weights, x and target once, score and de
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,7 +88,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def tunings(device: str) -> Iterator[Tuning]:
-    """The lightweight adapter's sizes. The three launches hardly interact: each is varied by itself."""
+    """The lightweight adapter's sizes, with a few whole configurations each."""
     from specfuse.kernels import tuned
 
     for kind, M, D, R in SIZES:
@@ -97,22 +96,46 @@ def tunings(device: str) -> Iterator[Tuning]:
             continue
         problem = Problem(kind, M, D, R, device)
         base = tuned.config("adapter_cosine", {"M": M, "D": D, "R": R})
-        configs = [base, *(base | change for change in _changes(M))]
+        configs = [base | down | up | _middle(M, down["SPLITS"]) for down in _downs(M) for up in _ups(M)]
         yield Tuning({"M": M, "D": D, "R": R}, configs, problem.specfuse, problem.check)
 
 
-def _changes(M: int) -> Iterator[dict[str, Any]]:
-    tiles_m = [16] if M <= 16 else [32, 64] if M <= 64 else [64, 128]
-    tiles_n = [16, 32, 64] if M <= 64 else [64, 128, 256]
-    for m, n, splits in itertools.product(tiles_m, tiles_n, (1, 4, 8, 16, 32)):
-        # The sums of all splits of a middle tile are held in registers at once.
-        middle = {"MID_M": 16, "MID_K": 16, "MID_WARPS": 8} if splits > 8 and M > 16 else {}
-        yield {"DOWN_M": m, "DOWN_N": n, "SPLITS": splits, "DOWN_WARPS": 8 if m * n >= 8192 else 4} | middle
-    for m, n, programs in itertools.product(tiles_m, [*tiles_n[1:], 2 * tiles_n[-1]], (132, 264, 528, 1056)):
-        if m * n <= 128 * 256:
-            yield {"UP_M": m, "UP_N": n, "UP_PROGRAMS": programs, "UP_WARPS": 8 if m * n >= 8192 else 4}
-    for n, warps in itertools.product((16, 32, 64), (4, 8)):
-        yield {"MID_N": n, "MID_WARPS": warps}
+def _downs(M: int) -> list[dict[str, int]]:
+    """Tiles of the down projection: few rows need many programs, many rows need large tiles."""
+    names = ("DOWN_M", "DOWN_N", "DOWN_K", "SPLITS", "DOWN_WARPS", "DOWN_STAGES")
+    if M <= 16:
+        rows = [
+            (16, 32, 128, 16, 4, 4),
+            (16, 16, 128, 8, 4, 4),
+            (16, 32, 128, 8, 4, 5),
+            (16, 64, 128, 32, 4, 4),
+        ]
+    elif M <= 64:
+        rows = [(64, 64, 64, 8, 4, 4), (64, 32, 64, 4, 4, 4), (64, 64, 64, 16, 4, 4), (32, 64, 64, 4, 4, 4)]
+    else:
+        rows = [(128, 256, 64, splits, 8, 3) for splits in (1, 4, 8)]
+        rows += [(128, 128, 64, splits, 8, 3) for splits in (1, 4, 8)]
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _ups(M: int) -> list[dict[str, int]]:
+    names = ("UP_M", "UP_N", "UP_K", "UP_PROGRAMS", "UP_WARPS", "UP_STAGES")
+    if M <= 16:
+        rows = [(16, 64, 64, 528, 4, 6), (16, 64, 128, 528, 4, 4), (16, 128, 64, 264, 4, 4)]
+    elif M <= 64:
+        rows = [(64, 64, 64, 264, 4, 4), (64, 64, 64, 528, 4, 4), (64, 128, 64, 132, 4, 3)]
+    else:
+        rows = [(128, 256, 64, 132, 8, 3), (128, 128, 64, 264, 8, 3), (128, 128, 64, 132, 8, 4)]
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _middle(M: int, splits: int) -> dict[str, int]:
+    """The sums of all splits of one middle tile are in registers at once: the more, the smaller the tile."""
+    if M <= 64:
+        return {"MID_N": 32, "MID_K": 32 if splits <= 16 else 16, "MID_WARPS": 4, "MID_STAGES": 2}
+    if splits == 1:
+        return {"MID_N": 128, "MID_K": 64, "MID_WARPS": 8, "MID_STAGES": 3}
+    return {"MID_N": 64, "MID_K": 16, "MID_WARPS": 8, "MID_STAGES": 2}
 
 
 def pytest_generate_tests(metafunc: Any) -> None:

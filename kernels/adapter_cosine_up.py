@@ -40,9 +40,56 @@ def _score(
 
 
 @triton.jit
-def _halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The left and the right half of a [ROWS, COLS] tile."""
-    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+def _epilogue(
+    acc,  # [BLOCK_M, COLS] product
+    first,  # its first column of D
+    dot,  # [BLOCK_M, PART] running sums of products of y and t, columns modulo PART
+    yy,
+    tt,
+    p_bias,
+    p_x,
+    p_target,
+    p_aligned,
+    rows,
+    M,
+    D,
+    stride_x,
+    stride_t,
+    RESIDUAL: tl.constexpr,
+    WRITE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Bias, residual and sums in parts: whole tiles of x and target would crowd out the accumulator."""
+    if COLS > PART:
+        HALF: tl.constexpr = COLS // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        dot, yy, tt = _epilogue(
+            left, first, dot, yy, tt, p_bias, p_x, p_target, p_aligned, rows, M, D, stride_x, stride_t,
+            RESIDUAL, WRITE, BLOCK_M, HALF, PART,
+        )  # fmt: skip
+        dot, yy, tt = _epilogue(
+            right, first + HALF, dot, yy, tt, p_bias, p_x, p_target, p_aligned, rows, M, D, stride_x,
+            stride_t, RESIDUAL, WRITE, BLOCK_M, HALF, PART,
+        )  # fmt: skip
+    else:
+        # Columns outside D are 0 in all of it.
+        cols = first + tl.arange(0, COLS)
+        mask = (rows[:, None] < M) & (cols[None, :] < D)
+        y = acc + tl.load(p_bias + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+        if RESIDUAL:
+            p = p_x + rows[:, None] * stride_x + cols[None, :]
+            y += tl.load(p, mask=mask, other=0.0).to(tl.float32)
+        p = p_target + rows[:, None] * stride_t + cols[None, :]
+        t = tl.load(p, mask=mask, other=0.0).to(tl.float32)
+        if WRITE:
+            p = p_aligned + rows[:, None] * D + cols[None, :]
+            tl.store(p, y.to(p_aligned.dtype.element_ty), mask=mask)
+        dot += y * t
+        yy += y * y
+        tt += t * t
+    return dot, yy, tt
 
 
 @triton.jit
@@ -80,6 +127,8 @@ def up_kernel(
     group = pid // tiles_m
     # 64-bit offsets, but 32-bit divisions: wide ones are subroutines.
     rows = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    # Columns whose sums of products stay apart until the tile is done: as many as there are registers for
+    PART: tl.constexpr = min(BLOCK_N, 32 if BLOCK_N < 256 else 16)
     dot = tl.zeros((BLOCK_M,), tl.float32)
     yy = tl.zeros((BLOCK_M,), tl.float32)
     tt = tl.zeros((BLOCK_M,), tl.float32)
@@ -95,35 +144,15 @@ def up_kernel(
             b_w = tl.load(p_w + cols[None, :] * R + k[:, None], mask=w_mask, other=0.0)
             acc = tl.dot(b_h, b_w, acc, input_precision="ieee")
 
-        # Epilogue in four parts, so that the tiles of x and target do not crowd out the accumulator
-        QUARTER: tl.constexpr = BLOCK_N // 4
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
-        part0, part1 = _halves(left, BLOCK_M, BLOCK_N // 2)
-        part2, part3 = _halves(right, BLOCK_M, BLOCK_N // 2)
-        for part in tl.static_range(4):
-            if part == 0:
-                y = part0
-            elif part == 1:
-                y = part1
-            elif part == 2:
-                y = part2
-            else:
-                y = part3
-            # Columns outside D are 0 in all of it.
-            d = tile * BLOCK_N + part * QUARTER + tl.arange(0, QUARTER)
-            mask = (rows[:, None] < M) & (d[None, :] < D)
-            y += tl.load(p_bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-            if RESIDUAL:
-                p = p_x + rows[:, None] * stride_x + d[None, :]
-                y += tl.load(p, mask=mask, other=0.0).to(tl.float32)
-            p = p_target + rows[:, None] * stride_t + d[None, :]
-            t = tl.load(p, mask=mask, other=0.0).to(tl.float32)
-            if WRITE:
-                p = p_aligned + rows[:, None] * D + d[None, :]
-                tl.store(p, y.to(p_aligned.dtype.element_ty), mask=mask)
-            dot += tl.sum(y * t, 1)
-            yy += tl.sum(y * y, 1)
-            tt += tl.sum(t * t, 1)
+        # What the score needs of this tile
+        sums = tl.zeros((BLOCK_M, PART), tl.float32)
+        tile_dot, tile_yy, tile_tt = _epilogue(
+            acc, tile * BLOCK_N, sums, sums, sums, p_bias, p_x, p_target, p_aligned, rows, M, D, stride_x,
+            stride_t, RESIDUAL, WRITE, BLOCK_M, BLOCK_N, PART,
+        )  # fmt: skip
+        dot += tl.sum(tile_dot, 1)
+        yy += tl.sum(tile_yy, 1)
+        tt += tl.sum(tile_tt, 1)
 
     # One row of partial sums per group
     plane = tl.cast(groups, tl.int64) * M
