@@ -39,14 +39,14 @@ void verify_tree_rejection(uintptr_t logits, int dtype, const std::array<int64_t
                            const std::array<int64_t, 3>& strides, const std::array<uintptr_t, 9>& inputs,
                            const std::array<uintptr_t, 4>& outputs, uintptr_t draft_probs, int draft_dtype,
                            int64_t W, const std::array<int64_t, 3>& draft_strides, uintptr_t draft_ids,
-                           bool sparse, bool with_replacement) {
+                           bool sparse, bool with_replacement, int threads) {
   const auto tree = verify_tree_params(logits, dtype, shape, strides, inputs, outputs);
   const auto params = verify_tree_rejection_params(tree, draft_probs, draft_dtype, W, draft_strides,
                                                    draft_ids, sparse, with_replacement);
   specfuse::ArgumentError error;
   {
     pybind11::gil_scoped_release release;
-    error = specfuse::verify_tree_rejection_cpu(params);
+    error = specfuse::verify_tree_rejection_cpu(params, threads);
   }
   raise_on(error);
 }
@@ -79,7 +79,7 @@ std::vector<uint32_t> noise_words(int64_t seed, int64_t position, int64_t count,
 #endif
   std::vector<uint32_t> words(count);
   for (int64_t base = 0; base < count; base += specfuse::kNoiseStep)
-    step(base, seed, position, words.data() + base);
+    step(base, seed, position, specfuse::NoiseStream::kTarget, words.data() + base);
   return words;
 }
 

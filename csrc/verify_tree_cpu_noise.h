@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "verify_tree.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SPECFUSE_X86 1
 #include <immintrin.h>
@@ -13,14 +15,15 @@ namespace specfuse {
 // Tokens per call: 16 Philox blocks of four tokens each. The first token must be a multiple of it.
 constexpr int64_t kNoiseStep = 64;
 
-inline void step_noise_baseline(int64_t base, int64_t seed, int64_t position, uint32_t* words) {
+inline void step_noise_baseline(int64_t base, int64_t seed, int64_t position, NoiseStream stream,
+                                uint32_t* words) {
   constexpr int kBlocks = kNoiseStep / 4;
   uint32_t c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
   for (int j = 0; j < kBlocks; ++j) {
     c0[j] = static_cast<uint32_t>(base / 4 + j);
     c1[j] = static_cast<uint32_t>(position);
     c2[j] = static_cast<uint32_t>(position >> 32);
-    c3[j] = 0;
+    c3[j] = static_cast<uint32_t>(stream);
   }
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -49,7 +52,7 @@ inline void step_noise_baseline(int64_t base, int64_t seed, int64_t position, ui
 // Four blocks per register, each 32-bit word in the low half of a 64-bit lane: vpmuludq ignores the high
 // half, so the low half of a product needs no masking. Compilers do not find this form by themselves.
 __attribute__((target("avx2,fma"))) inline void step_noise_avx2(int64_t base, int64_t seed, int64_t position,
-                                                                uint32_t* words) {
+                                                                NoiseStream stream, uint32_t* words) {
   constexpr int kRegisters = kNoiseStep / 16;
   const __m256i multiplier0 = _mm256_set1_epi64x(0xD2511F53), multiplier1 = _mm256_set1_epi64x(0xCD9E8D57);
   __m256i c0[kRegisters], c1[kRegisters], c2[kRegisters], c3[kRegisters];
@@ -57,7 +60,7 @@ __attribute__((target("avx2,fma"))) inline void step_noise_avx2(int64_t base, in
     c0[r] = _mm256_add_epi64(_mm256_set1_epi64x(base / 4 + 4 * r), _mm256_setr_epi64x(0, 1, 2, 3));
     c1[r] = _mm256_set1_epi64x(static_cast<uint32_t>(position));
     c2[r] = _mm256_set1_epi64x(static_cast<uint32_t>(position >> 32));
-    c3[r] = _mm256_setzero_si256();
+    c3[r] = _mm256_set1_epi64x(static_cast<uint32_t>(stream));
   }
   auto key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {

@@ -246,7 +246,7 @@ SPECFUSE_INLINE void mass_histogram_body(const float* x, int64_t V, float max, d
   }
 }
 
-template <void (*step_noise)(int64_t, int64_t, int64_t, uint32_t*)>
+template <void (*step_noise)(int64_t, int64_t, int64_t, NoiseStream, uint32_t*)>
 SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery& q) {
   const float inverse_temperature =
       static_cast<float>(std::min<double>(1.0 / q.temperature, std::numeric_limits<float>::max()));
@@ -267,7 +267,7 @@ SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery&
     mass += sum;
     // 1 - u is at least 2^-24: a step of smaller weights holds no winner and needs no noise.
     if (sum * scale < 0x1p-24) continue;
-    step_noise(base, q.seed, q.position, words);
+    step_noise(base, q.seed, q.position, NoiseStream::kTarget, words);
     if (!any_candidate(words, weights, scale)) continue;
     for (int i = 0; i < kStep; ++i) {
       const float rest = 1.0f - static_cast<float>(words[i] >> 8) * 0x1p-24f;
@@ -284,34 +284,34 @@ SPECFUSE_INLINE Sample sample_body(const float* x, int64_t V, const SampleQuery&
   return best;
 }
 
-#define SPECFUSE_ROW_PASSES(suffix, width, noise, attributes)                                              \
-  attributes void from_half_##suffix(const uint16_t* in, int64_t V, float* out) {                          \
-    from_half_body(in, V, out);                                                                            \
-  }                                                                                                        \
-  attributes void from_bfloat16_##suffix(const uint16_t* in, int64_t V, float* out) {                      \
-    from_bfloat16_body(in, V, out);                                                                        \
-  }                                                                                                        \
-  attributes bool chunk_maxima_##suffix(const float* x, int64_t V, float* maxima) {                        \
-    return chunk_maxima_body<width>(x, V, maxima);                                                         \
-  }                                                                                                        \
-  attributes double exp_mass_##suffix(const float* x, int64_t V, float max, float inverse_temperature,     \
-                                      Cut cut) {                                                           \
-    return exp_mass_body<width>(x, V, max, inverse_temperature, cut);                                      \
-  }                                                                                                        \
-  attributes double weights_##suffix(const float* x, int64_t V, float max, double temperature, Cut cut,    \
-                                     double* out) {                                                        \
-    return weights_body(x, V, max, temperature, cut, out);                                                 \
-  }                                                                                                        \
-  attributes void mass_histogram_##suffix(const float* x, int64_t V, float max, double temperature,        \
-                                          float bins_per_unit, double* bins) {                             \
-    mass_histogram_body(x, V, max, temperature, bins_per_unit, bins);                                      \
-  }                                                                                                        \
-  attributes Sample sample_##suffix(const float* x, int64_t V, const SampleQuery& query) {                 \
-    return sample_body<noise>(x, V, query);                                                                \
-  }                                                                                                        \
-  constexpr RowPasses passes_##suffix{from_half_##suffix, from_bfloat16_##suffix, chunk_maxima_##suffix,   \
-                                      exp_mass_##suffix,  weights_##suffix,       mass_histogram_##suffix, \
-                                      sample_##suffix};
+#define SPECFUSE_ROW_PASSES(suffix, width, noise, attributes)                                           \
+  attributes void from_half_##suffix(const uint16_t* in, int64_t V, float* out) {                       \
+    from_half_body(in, V, out);                                                                         \
+  }                                                                                                     \
+  attributes void from_bfloat16_##suffix(const uint16_t* in, int64_t V, float* out) {                   \
+    from_bfloat16_body(in, V, out);                                                                     \
+  }                                                                                                     \
+  attributes bool chunk_maxima_##suffix(const float* x, int64_t V, float* maxima) {                     \
+    return chunk_maxima_body<width>(x, V, maxima);                                                      \
+  }                                                                                                     \
+  attributes double exp_mass_##suffix(const float* x, int64_t V, float max, float inverse_temperature,  \
+                                      Cut cut) {                                                        \
+    return exp_mass_body<width>(x, V, max, inverse_temperature, cut);                                   \
+  }                                                                                                     \
+  attributes double weights_##suffix(const float* x, int64_t V, float max, double temperature, Cut cut, \
+                                     double* out) {                                                     \
+    return weights_body(x, V, max, temperature, cut, out);                                              \
+  }                                                                                                     \
+  attributes void mass_histogram_##suffix(const float* x, int64_t V, float max, double temperature,     \
+                                          float bins_per_unit, double* bins) {                          \
+    mass_histogram_body(x, V, max, temperature, bins_per_unit, bins);                                   \
+  }                                                                                                     \
+  attributes Sample sample_##suffix(const float* x, int64_t V, const SampleQuery& query) {              \
+    return sample_body<noise>(x, V, query);                                                             \
+  }                                                                                                     \
+  constexpr RowPasses passes_##suffix{                                                                  \
+      from_half_##suffix, from_bfloat16_##suffix,  chunk_maxima_##suffix, exp_mass_##suffix,            \
+      weights_##suffix,   mass_histogram_##suffix, sample_##suffix,       noise};
 
 SPECFUSE_ROW_PASSES(baseline, kLanes, step_noise_baseline, )
 #ifdef SPECFUSE_X86

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "verify_tree.h"
+
 namespace specfuse {
 
 // Tokens per chunk: row maxima are kept per chunk, so that filters look only where a large value can be.
@@ -55,6 +57,8 @@ struct RowPasses {
                          double* bins);
   // Gumbel-argmax over the tokens inside the cut, exact in double; ties go to the lowest id.
   Sample (*sample)(const float* x, int64_t V, const SampleQuery& query);
+  // Words of the kChunk tokens from `base` on, a multiple of kChunk.
+  void (*noise)(int64_t base, int64_t seed, int64_t position, NoiseStream stream, uint32_t* words);
 };
 
 const RowPasses& row_passes();

@@ -34,7 +34,7 @@ SPECFUSE_HD double left_of(double p, double s, double q) {
   return left > 0.0 ? left : 0.0;
 }
 
-ArgumentError verify_tree_rejection_cpu(const VerifyTreeRejectionParams& params);
+ArgumentError verify_tree_rejection_cpu(const VerifyTreeRejectionParams& params, int threads);
 
 // Launches on `stream` (a cudaStream_t), tree.cluster blocks per tree, and returns the error's text, null on
 // success. tree.scratch holds verify_tree_rejection_cuda_scratch_bytes, of this call alone.

@@ -1,11 +1,14 @@
 // CPU implementation of verify_tree_rejection, in double: the reference's choices except where a coin or two
 // scores agree to about 1e-15. Per visited node one read of its logits and, if it has children, of its q;
-// every rejection is one more pass over W entries in cache.
+// every rejection is one more pass over W entries in cache (12 bytes each). Most of the time goes to weights
+// in double and to the noise of a draw.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "parallel_trees.h"
 #include "verify_tree_cpu_row.h"
 #include "verify_tree_rejection.h"
 
@@ -17,7 +20,8 @@ constexpr double kLargest = std::numeric_limits<float>::max();
 // What is left of p at one node while its children are tried, and the draw from it.
 class Residual {
  public:
-  explicit Residual(const VerifyTreeRejectionParams& params) : p_(params), weights_(params.tree.V) {}
+  explicit Residual(const VerifyTreeRejectionParams& params)
+      : p_(params), passes_(row_passes()), weights_(params.tree.V) {}
 
   // [V], for p: to be filled at each node before anything else is called.
   double* weights() {
@@ -29,27 +33,27 @@ class Residual {
   // Reads q; false where a value of it is negative, infinite or NaN.
   bool load_drafts(int64_t b, int64_t node) {
     const int64_t first = b * p_.draft_stride_b + node * p_.draft_stride_n;
-    const int64_t* ids = p_.sparse ? p_.draft_ids + (b * p_.tree.N + node) * p_.W : nullptr;
-    for (int64_t j = 0; j < p_.W; ++j) {
-      if (p_.sparse && !in_vocabulary(ids[j])) continue;
-      const float q = draft_prob(first + j * p_.draft_stride_w);
-      if (!(q >= 0.0f && q <= kLargest)) return false;
-      q_.push_back(q);
-      if (p_.sparse) ids_.push_back(ids[j]);
+    if (p_.sparse) {
+      load_sparse(first, p_.draft_ids + (b * p_.tree.N + node) * p_.W);
+    } else {
+      load_dense(first);
     }
-    split();
-    return true;
+    int outside = 0;
+    for (const float q : q_) outside |= !(q >= 0.0f) | !(q <= kLargest);
+    if (!outside) split();
+    return !outside;
   }
 
   // True if a child that holds `token` is accepted with coin u; otherwise what is left shrinks. A token of
   // which q has nothing cannot have been drawn: nothing happens.
   bool accepts(int64_t token, double u) {
     const int64_t j = entry_of(token);
-    if (j < 0 || !(q_[j] > 0.0)) return false;
-    const double held = held_[j], q = q_[j], step = left_ / drawable_;
+    if (j < 0 || !(q_[j] > 0.0f)) return false;
+    const double held = held_[j], step = left_ / drawable_;
+    const float q = q_[j];
     if (left_of(held, taken_ + u * step, q) > 0.0) return true;
     held_[j] = 0.0;
-    if (!p_.with_replacement) q_[j] = 0.0;
+    if (!p_.with_replacement) q_[j] = 0.0f;
     double left;
     sum(taken_ + step, &left, &drawable_);
     if (left > 0.0) {
@@ -66,17 +70,21 @@ class Residual {
     for (size_t j = 0; j < q_.size(); ++j) weights_[id_of(j)] = left_of(held_[j], taken_, q_[j]);
     int64_t token = -1;
     double best = 0.0;
-    for (int64_t first = 0; first < p_.tree.V; first += 4) {
-      const int64_t last = std::min(first + 4, p_.tree.V);
-      const double largest = *std::max_element(&weights_[first], &weights_[first] + (last - first));
+    for (int64_t base = 0; base < p_.tree.V; base += kChunk) {
+      const double* left = &weights_[base];
+      const int count = static_cast<int>(std::min(kChunk, p_.tree.V - base));
+      const double largest = *std::max_element(left, left + count);
       if (!(largest > best * 0x1p-24)) continue;  // -log(u) is at least 2^-24
-      uint32_t words[4];
-      noise_block(seed, position, first / 4, NoiseStream::kResidual, words);
-      for (int64_t v = first; v < last; ++v) {
-        const double score = weights_[v] / -std::log(std::max((words[v - first] >> 8) * 0x1p-24, 0x1p-25));
+      uint32_t words[kChunk];
+      passes_.noise(base, seed, position, NoiseStream::kResidual, words);
+      for (int i = 0; i < count; ++i) {
+        const double u = (words[i] >> 8) * 0x1p-24;
+        // -log(u) is at least 1 - u; the factor covers the rounding of a score.
+        if (!(left[i] * 1.000001 > best * (1.0 - u)) || left[i] == 0.0) continue;
+        const double score = left[i] / -std::log(std::max(u, 0x1p-25));
         if (!(score > best)) continue;
         best = score;
-        token = v;
+        token = base + i;
       }
     }
     return token;
@@ -98,14 +106,37 @@ class Residual {
     return p_.draft_dtype == LogitsDtype::kFloat16 ? float_from_half(bits) : float_from_bfloat16(bits);
   }
 
+  void load_sparse(int64_t first, const int64_t* ids) {
+    for (int64_t j = 0; j < p_.W; ++j) {
+      if (!in_vocabulary(ids[j])) continue;
+      q_.push_back(draft_prob(first + j * p_.draft_stride_w));
+      ids_.push_back(ids[j]);
+    }
+  }
+
+  void load_dense(int64_t first) {
+    q_.resize(p_.W);
+    if (p_.draft_stride_w != 1) {
+      for (int64_t j = 0; j < p_.W; ++j) q_[j] = draft_prob(first + j * p_.draft_stride_w);
+    } else if (p_.draft_dtype == LogitsDtype::kFloat32) {
+      std::memcpy(q_.data(), static_cast<const float*>(p_.draft_probs) + first, p_.W * sizeof(float));
+    } else {
+      const bool half = p_.draft_dtype == LogitsDtype::kFloat16;
+      (half ? passes_.from_half : passes_.from_bfloat16)(static_cast<const uint16_t*>(p_.draft_probs) + first,
+                                                         p_.W, q_.data());
+    }
+  }
+
   // Takes the tokens that q knows out of p; rejections never touch the rest.
   void split() {
-    held_.resize(q_.size());
-    for (size_t j = 0; j < q_.size(); ++j) held_[j] = weights_[id_of(j)];
     outside_ = 0.0;
     if (p_.sparse) {
+      held_.resize(q_.size());
+      for (size_t j = 0; j < q_.size(); ++j) held_[j] = weights_[ids_[j]];
       for (int64_t id : ids_) weights_[id] = 0.0;
       for (double weight : weights_) outside_ += weight;
+    } else {
+      held_ = weights_;
     }
     taken_ = 0.0;
     sum(taken_, &left_, &drawable_);
@@ -113,19 +144,35 @@ class Residual {
 
   // R and Q of the header's comment at S = taken.
   void sum(double taken, double* left, double* drawable) const {
-    constexpr size_t kLanes = 4;  // independent sums, which fit into vectors
+    // Independent sums, which fit into vectors.
+    constexpr size_t kLanes = 8;
     double lefts[kLanes] = {}, drawables[kLanes] = {};
-    for (size_t j = 0; j < q_.size(); ++j) {
-      lefts[j % kLanes] += left_of(held_[j], taken, q_[j]);
-      drawables[j % kLanes] += q_[j];
+    const size_t count = q_.size(), whole = count - count % kLanes;
+    const double* held = held_.data();
+    const float* q = q_.data();
+    for (size_t j = 0; j < whole; j += kLanes) {
+      for (size_t lane = 0; lane < kLanes; ++lane) {
+        lefts[lane] += left_of(held[j + lane], taken, q[j + lane]);
+        drawables[lane] += q[j + lane];
+      }
     }
-    *left = outside_ + ((lefts[0] + lefts[1]) + (lefts[2] + lefts[3]));
-    *drawable = (drawables[0] + drawables[1]) + (drawables[2] + drawables[3]);
+    for (size_t j = whole; j < count; ++j) {
+      lefts[0] += left_of(held[j], taken, q[j]);
+      drawables[0] += q[j];
+    }
+    *left = outside_;
+    *drawable = 0.0;
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      *left += lefts[lane];
+      *drawable += drawables[lane];
+    }
   }
 
   const VerifyTreeRejectionParams& p_;
+  const RowPasses& passes_;
   std::vector<double> weights_;                       // [V] p; without the tokens of held_ where sparse
-  std::vector<double> held_, q_;                      // [W] p and q of the tokens that q knows
+  std::vector<double> held_;                          // [W] p of the tokens that q knows
+  std::vector<float> q_;                              // [W]
   std::vector<int64_t> ids_;                          // [W] their ids where sparse
   double outside_ = 0.0;                              // sum of p over all other tokens
   double taken_ = 0.0, left_ = 0.0, drawable_ = 0.0;  // S, R, Q
@@ -191,12 +238,15 @@ void walk(const VerifyTreeRejectionParams& params, int64_t b, Row& row, Residual
 
 }  // namespace
 
-ArgumentError verify_tree_rejection_cpu(const VerifyTreeRejectionParams& params) {
-  const ArgumentError error = check_verify_tree(params.tree);
+ArgumentError verify_tree_rejection_cpu(const VerifyTreeRejectionParams& params, int threads) {
+  const VerifyTreeParams& p = params.tree;
+  const ArgumentError error = check_verify_tree(p);
   if (error.message) return error;
-  Row row(params.tree);
-  Residual residual(params);
-  for (int64_t b = 0; b < params.tree.B; ++b) walk(params, b, row, residual);
+  parallel_trees(p.B, worthwhile_threads(p.B, p.V, threads), [&](const auto& take) {
+    Row row(p);
+    Residual residual(params);
+    for (int64_t b = take(); b >= 0; b = take()) walk(params, b, row, residual);
+  });
   return error;
 }
 

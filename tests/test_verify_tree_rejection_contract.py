@@ -49,6 +49,22 @@ def test_rows_do_not_depend_on_their_batch(sparse: bool) -> None:
 
 
 @layouts
+def test_threads_do_not_change_what_comes_out(sparse: bool) -> None:
+    """Enough rows and tokens for four threads to be worth their start."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(16, 3, 40_000, generator=generator) * 4
+    q = (logits + torch.randn(logits.shape, generator=generator)).softmax(-1)
+    tokens, parents = draw_tree(q, [-1, 0, 0], False, generator)
+    args = op_arguments(logits, *(to_sparse(q, 30) if sparse else (q, None)), False, tokens, parents)
+    expected, before = op(*args), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert all(torch.equal(a, e) for a, e in zip(op(*args), expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@layouts
 def test_padding_and_the_q_of_leaves_are_never_read(sparse: bool) -> None:
     args = batch(sparse)
     expected = op(*args.values())

@@ -105,6 +105,31 @@ def test_many_rejections(emulated: ModuleType, with_replacement: bool, sparse: i
 
 
 @clusters
+@pytest.mark.parametrize("sparse", [None, 7])
+def test_rejected_tokens_of_every_warp_leave_q(
+    emulated: ModuleType, cluster: int, sparse: int | None
+) -> None:
+    """Seven tokens far apart hold all of p and q, so that each belongs to other threads."""
+    generator = torch.Generator().manual_seed(6)
+    B, N, V = 24, 7, 4000
+    kept = torch.arange(7) * 571 + 3
+    logits, q = torch.full((B, N, V), -math.inf), torch.zeros(B, N, V)
+    logits[..., kept] = torch.randn(B, N, 7, generator=generator) * 2
+    q[..., kept] = torch.rand(B, N, 7, generator=generator)
+    tokens = kept[torch.rand(B, N, generator=generator).argsort(dim=1)]
+    parents = torch.tensor([[-1, 0, 0, 0, 0, 0, 0]], dtype=torch.int32).repeat(B, 1)
+    drafts = (q, None) if sparse is None else to_sparse(q, sparse)
+    if sparse:  # entries of other warps, too
+        padding = torch.full((B, N, 140), -1)
+        drafts = (torch.zeros(B, N, 147), torch.cat((padding, drafts[1]), dim=-1))
+        drafts[0][..., 140:] = q.gather(-1, drafts[1][..., 140:])
+    args = op_arguments(logits, *drafts, False, tokens, parents)
+    expected = verify_tree_rejection_ref(*args)
+    assert (expected[0][:, 1] > 3).sum() > 3
+    assert_same(verify(emulated, cluster, *args), expected)
+
+
+@clusters
 @pytest.mark.parametrize(
     "broken", [math.nan, -math.inf, math.inf, "q nan", "q negative", "q infinite", "q zero"]
 )

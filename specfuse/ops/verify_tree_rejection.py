@@ -101,7 +101,7 @@ if native.cpu is not None:
     @torch.library.impl("specfuse::verify_tree_rejection", "cpu")
     def _cpu(*args: Any) -> _Outputs:
         call, outputs, _inputs = _native_call(*args)
-        native.cpu.verify_tree_rejection(*call)
+        native.cpu.verify_tree_rejection(*call, torch.get_num_threads())
         return outputs
 
 
