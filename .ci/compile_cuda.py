@@ -38,11 +38,12 @@ def rows(text: str) -> list[tuple[str, int, int, int, int]]:
     """(kernel, registers, stack bytes, spilled bytes, shared bytes) for each kernel ptxas speaks of."""
     found = []
     for part in re.split(r"(?=ptxas info\s+: Compiling entry function)", text)[1:]:
-        entry, spill, used = ENTRY.search(part), SPILL.search(part), USED.search(part)
-        if not (entry and spill and used):
+        # One line for the kernel, one for each function it calls.
+        entry, spills, used = ENTRY.search(part), SPILL.findall(part), USED.search(part)
+        if not (entry and spills and used):
             raise SystemExit(f"ptxas says something this script does not know:\n{part}")
-        stack, stores, loads = map(int, spill.groups())
-        found.append((entry[1], int(used[1]), stack, stores + loads, int(used[2] or 0)))
+        spilled = sum(int(stores) + int(loads) for _, stores, loads in spills)
+        found.append((entry[1], int(used[1]), int(spills[0][0]), spilled, int(used[2] or 0)))
     return found
 
 

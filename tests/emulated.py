@@ -94,6 +94,6 @@ def run_sanitized(*pytest_arguments: str) -> str:
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *pytest_arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *pytest_arguments]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     return done.stdout + done.stderr

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from emulated import build_op, needs_compiler, poison
+from emulated import FLAGS, build_op, needs_compiler, poison, run_sanitized
 from torch import Tensor
 from verify_tree_cases import FILTERED, SAMPLED, arguments, assert_same, random_tree
 
@@ -223,3 +223,11 @@ def test_strategies_out_of_range_are_refused(emulated: ModuleType) -> None:
     for splits, cluster, message in [(3, 1, "splits must"), (64, 1, "splits must"), (1, 16, "cluster must")]:
         with pytest.raises(RuntimeError, match=message):
             verify(emulated, Mode(splits, cluster, "forward"), *args)
+
+
+@pytest.mark.skipif(bool(FLAGS), reason="this process has the sanitizers already")
+def test_no_read_or_write_out_of_bounds() -> None:
+    """Some of this file again under the address and undefined-behaviour sanitizers."""
+    chosen = "(every_type and cluster2 and (fp32 or bf16)) or (any_alignment and fp16) or wide"
+    output = run_sanitized("tests/test_verify_tree_emulated.py", "-k", chosen)
+    assert "12 passed" in output, output[-3000:]
