@@ -274,8 +274,6 @@ def tree_attention(
     parts = q.new_empty((B * G, splits, M, D), dtype=torch.float32) if partial else out
     lse = q.new_empty((B * G, splits, M), dtype=torch.float32) if partial else out
     k_own, v_own = (k_cache, v_cache) if k_tree is None or v_tree is None else (k_tree, v_tree)
-    row_bytes = q.element_size() * block_d
-    room = device.shared_bytes - row_bytes * block_m - 8192
     tree_attention_kernel[(programs, splits)](
         *(q, k_cache, v_cache, k_own, v_own, ancestors, lengths),
         lengths if starts is None else starts,
@@ -291,7 +289,7 @@ def tree_attention(
         HAS_STARTS=starts is not None,
         PARTIAL=partial,
         num_warps=config["num_warps"],
-        num_stages=max(1, min(config["num_stages"], room // (2 * row_bytes * block_s))),
+        num_stages=_stages(config["num_stages"], device, block_m, block_s, block_d, q.element_size()),
     )
     if partial:
         tree_attention_merge_kernel[(B * H * N,)](
@@ -319,6 +317,15 @@ def _gpu(index: int) -> _Device:
     found = torch.cuda.get_device_properties(index)
     shared = found.shared_memory_per_block_optin
     return _Device(10 * found.major + found.minor, found.multi_processor_count, shared)
+
+
+def _stages(wanted: int, device: _Device, block_m: int, block_s: int, block_d: int, size: int) -> int:
+    """At most ``wanted`` pipeline stages, as many as shared memory holds beside q and the weights."""
+    room = device.shared_bytes - size * block_m * (block_d + block_s)
+    # Where the tensor cores read shared memory (wgmma, tcgen05) every stage has a tile of K and V there;
+    # elsewhere the one in use is in registers.
+    in_registers = 0 if 90 <= device.capability < 120 else 1
+    return max(1, min(wanted, room // (2 * size * block_s * block_d) + in_registers))
 
 
 def _power_of_2(n: int) -> int:

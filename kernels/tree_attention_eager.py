@@ -86,7 +86,7 @@ def _sdpa_exact(x: TreeInputs, first: int, end: int) -> Tensor:
         for t in (k, v):
             t[:, :, end - first :].masked_fill_(unseen, 0)
     mask = torch.cat([sees.new_ones(*sees.shape[:2], end - first), sees], dim=2)
-    return _masked_attention(x, k, v, mask)
+    return _masked_attention(x, k, v, mask, all_see=end > first)
 
 
 def _sdpa_masked(x: TreeInputs) -> Tensor:
@@ -118,11 +118,13 @@ def _with_tail(x: TreeInputs, first: int, end: int) -> tuple[Tensor, Tensor]:
     return k, torch.cat([x.v_cache[:, :, first:end], x.v_tree], dim=2)
 
 
-def _masked_attention(x: TreeInputs, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def _masked_attention(x: TreeInputs, k: Tensor, v: Tensor, mask: Tensor, all_see: bool = False) -> Tensor:
     q = x.packed_query()
     rows = mask[:, None].repeat(1, 1, q.shape[2] // mask.shape[1], 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=rows, scale=x.scale)
-    return out.masked_fill(~rows.any(dim=3, keepdim=True), 0).reshape(x.q.shape)
+    if not all_see:
+        out = out.masked_fill(~rows.any(dim=3, keepdim=True), 0)
+    return out.reshape(x.q.shape)
 
 
 def prefix_and_tree(x: TreeInputs, flash: bool) -> Tensor:

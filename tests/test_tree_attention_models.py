@@ -159,6 +159,22 @@ def test_logits_of_a_tree_are_those_of_the_dense_mask(name):
     torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_clips_from_the_vision_cache(batch, calls):
+    """The video's KV comes from the cache, trees ride behind the rest of the prompt and after it."""
+    model = tiny_video_llava(seed=3)
+    asked = [video_inputs(model, batch, seed=3, question_seed=s, clips=[0] * batch) for s in (1, 2)]
+    expected = [plain(model, inputs) for inputs in asked]
+    model.set_attn_implementation("specfuse_tree")
+    with specfuse.patched(model) as cache:
+        for inputs, answer in zip(asked, expected, strict=True):
+            drafter = OracleDrafter(answers_of(answer, inputs), vocab=120)
+            generator = specfuse.SpeculativeGenerator(model, drafter, max_nodes=16)
+            got = generator.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+            assert torch.equal(got, answer)
+    assert cache.stats.hits >= batch and calls
+
+
 def step_masks(model: PreTrainedModel, nodes: int, mask: Tensor | None = None) -> object:
     """What a pass over ``nodes`` nodes hands to the layers."""
     inputs = random_prompts(model, 2)

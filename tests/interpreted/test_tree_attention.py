@@ -110,3 +110,18 @@ def test_slots_beyond_the_cache_are_not_read() -> None:
         assert torch.isfinite(launch(x)).all()
         x["lengths"] = torch.tensor([39])
         assert torch.isfinite(launch(x)).all()
+
+
+def test_pipeline_stages_fit_the_shared_memory_of_the_device() -> None:
+    """The bytes that the compiler takes for these tiles (.ci/compile_triton.py prints them), by device."""
+    shared = {80: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}
+    for capability, (block_m, block_s), stages, expected in (
+        (89, (64, 64), 4, 3),  # 90,112 bytes with 3
+        (120, (128, 64), 3, 2),  # 65,536 with 2
+        (90, (64, 64), 4, 4),  # 147,456 with 4
+        (80, (128, 64), 5, 4),
+        (90, (128, 128), 9, 2),
+    ):
+        device = kernel._Device(capability, 100, shared[capability])
+        assert kernel._stages(stages, device, block_m, block_s, 128, 2) == expected
+    assert kernel._stages(3, kernel._Device(75, 40, 65_536), 128, 128, 128, 2) == 1
