@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -72,15 +73,11 @@ inline VerifyTreeRejectionParams verify_tree_rejection_params(const VerifyTreePa
           with_replacement};
 }
 
-// Address, stride_b, stride_g, stride_s, G, Smax, row_bytes of a cache tensor, strides in bytes.
-using KvTuple = std::array<int64_t, 7>;
-
-inline std::vector<KvTensor> kv_tensors(const std::vector<KvTuple>& tuples) {
-  std::vector<KvTensor> tensors;
-  tensors.reserve(tuples.size());
-  for (const auto& t : tuples) {
-    tensors.push_back({pointer<char>(static_cast<uintptr_t>(t[0])), t[1], t[2], t[3], t[4], t[5], t[6]});
-  }
+// The bytes of a KvTensor for each cache tensor: address, stride_b, stride_g, stride_s, G, Smax, row_bytes.
+inline std::vector<KvTensor> kv_tensors(const std::string& table) {
+  static_assert(sizeof(KvTensor) == 7 * 8, "as struct.pack writes it");
+  std::vector<KvTensor> tensors(table.size() / sizeof(KvTensor));
+  std::memcpy(static_cast<void*>(tensors.data()), table.data(), tensors.size() * sizeof(KvTensor));
   return tensors;
 }
 

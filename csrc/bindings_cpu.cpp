@@ -10,6 +10,7 @@
 #include "bindings_arguments.h"
 #include "verify_tree_cpu_noise.h"
 
+void bind_compact_kv_table(pybind11::module_& module);
 void bind_corpus_index(pybind11::module_& module);
 
 using namespace specfuse::bindings;
@@ -51,7 +52,7 @@ void verify_tree_rejection(uintptr_t logits, int dtype, const std::array<int64_t
   raise_on(error);
 }
 
-void compact_kv(const std::vector<KvTuple>& tensors, int64_t B, int64_t K, uintptr_t path, uintptr_t length,
+void compact_kv(const pybind11::bytes& tensors, int64_t B, int64_t K, uintptr_t path, uintptr_t length,
                 uintptr_t start) {
   const auto params = compact_kv_params(B, K, path, length, start);
   const auto table = kv_tensors(tensors);
@@ -92,5 +93,6 @@ PYBIND11_MODULE(_C_cpu, module) {
   module.def("noise_word", &noise_word, pybind11::arg("seed"), pybind11::arg("position"),
              pybind11::arg("token"), pybind11::arg("stream") = 0);
   module.def("noise_words", &noise_words);
+  bind_compact_kv_table(module);
   bind_corpus_index(module);
 }

@@ -6,7 +6,7 @@
 namespace specfuse {
 namespace bindings {
 
-inline void compact_kv_on_cuda(const std::vector<KvTuple>& tensors, int64_t B, int64_t K, uintptr_t path,
+inline void compact_kv_on_cuda(const pybind11::bytes& tensors, int64_t B, int64_t K, uintptr_t path,
                                uintptr_t length, uintptr_t start, uintptr_t stream) {
   const auto table = kv_tensors(tensors);
   const char* error = compact_kv_cuda(compact_kv_params(B, K, path, length, start), table.data(),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specfuse.kernels.compact_kv_ref import compact_kv_ref
 from specfuse.ops import compact_kv, native
-from specfuse.ops.compact_kv import _reference
+from specfuse.ops.compact_kv import _KV_TENSOR, _reference, _table
 
 op = torch.ops.specfuse.compact_kv.default
 DTYPES = [
@@ -164,6 +164,8 @@ def test_a_cpu_call_reaches_the_native_module(monkeypatch: pytest.MonkeyPatch) -
     calls = []
 
     class Spy:
+        kv_table = native.cpu.kv_table
+
         def compact_kv(self, *args: object) -> None:
             calls.append(args)
 
@@ -272,3 +274,56 @@ def test_start_must_be_an_integer_tensor() -> None:
     path = torch.tensor([[0, 2]], dtype=torch.int32)
     with pytest.raises(ValueError, match="start must be"):
         compact_kv([torch.zeros(1, 1, 6, 4)], path, torch.tensor([2], dtype=torch.int32), torch.tensor([1.7]))
+
+
+# ---------------------------------------------------------------- what the native code is told
+
+
+def views() -> list[Tensor]:
+    base = torch.zeros(3, 4, 10, 16)
+    return [
+        base,
+        base[:1].expand(3, 4, 10, 16)[:1],
+        base[:, 1:2, ::2, 4:8],
+        base.transpose(1, 2),
+        base[..., :1],
+        base[:, :, 3:3],
+        base.new_zeros(0, 2, 5, 4),
+        *(base.to(dtype) for dtype in [*DTYPES, torch.bool, torch.complex64]),
+        torch.nn.Parameter(base),
+        base.clone().requires_grad_(),
+    ]
+
+
+@pytest.mark.skipif(native.cpu is None, reason="the C++ module is not built")
+def test_addresses_and_strides_are_read_in_one_call() -> None:
+    """One call of the native module says what Python says tensor by tensor."""
+    plain = 0
+    for t in views():
+        path = torch.zeros(t.shape[0], 2, dtype=torch.int32)
+        arguments = ([t], path, torch.zeros(t.shape[0], dtype=torch.int32), torch.zeros(t.shape[0]).long())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "cpu", None)
+            expected = _table(*arguments)
+        assert len(expected) == 56 and _table(*arguments) == expected
+        plain += native.cpu.kv_table([t], t.shape[0], 1, 0) is not None
+    assert plain >= len(views()) - 2, "the one call serves all but tensors with gradients and subclasses"
+    assert _KV_TENSOR.unpack(_table(*arguments))[0] == t.data_ptr()
+
+
+@pytest.mark.skipif(native.cpu is None, reason="the C++ module is not built")
+def test_one_call_leaves_what_it_cannot_describe_to_python() -> None:
+    good = torch.zeros(2, 3, 5, 4)
+    bad = [
+        good[0],
+        good[:1],
+        good.transpose(2, 3),
+        good.to(torch.complex128),
+        good[:, :1].expand(2, 3, 5, 4),
+        good.to("meta"),
+        None,
+        "text",
+    ]
+    assert native.cpu.kv_table([good, good], 2, 1, 0) is not None
+    assert [native.cpu.kv_table([good, t], 2, 1, 0) for t in bad] == [None] * len(bad)
+    assert native.cpu.kv_table([good], 2, 2, 0) is None  # asked for a GPU

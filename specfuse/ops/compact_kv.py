@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -68,23 +69,35 @@ def _check_values(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Ten
         raise ValueError("kv must not share memory between batch rows")
 
 
+_KV_TENSOR = struct.Struct("7q")  # KvTensor of csrc/compact_kv.h
+_DLPACK_DEVICES = {"cpu": 1, "cuda": 2}
+
+
+def _table(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> bytes:
+    """The KvTensor of each cache tensor, one after the other."""
+    device, rows = path.device, []
+    if native.cpu is not None and device.type in _DLPACK_DEVICES:
+        table = native.cpu.kv_table(kv, path.shape[0], _DLPACK_DEVICES[device.type], device.index or 0)
+        if table is not None:
+            return table
+    _check(kv, path, length, start)
+    for t in kv:
+        shape, stride, size = t.shape, t.stride(), t.element_size()
+        if any(step == 0 and count > 1 for step, count in zip(stride, shape, strict=True)):
+            raise ValueError(
+                f"kv must not share memory between slots, heads or rows, got strides {list(stride)}"
+            )
+        # The stride of a dimension of one is of no use, and must not spoil the alignment.
+        b, g, s = (step * size if count > 1 else 0 for step, count in zip(stride[:3], shape, strict=False))
+        rows.append(_KV_TENSOR.pack(t.data_ptr(), b, g, s, shape[1], shape[2], shape[3] * size))
+    return b"".join(rows)
+
+
 def _native_call(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> tuple:
     """Arguments of the native functions (see csrc/bindings_cpu.cpp) and what must stay alive meanwhile."""
     _check((), path, length, start)
     inputs = [t.contiguous() for t in (path, length, start)]
-    B, device, table = path.shape[0], path.device, []
-    for t in kv:
-        shape, stride, size = t.shape, t.stride(), t.element_size()
-        if len(shape) != 4 or shape[0] != B or stride[3] != 1 or t.device != device or size > 8:
-            _check(
-                kv, path, length, start
-            )  # says what is wrong, if anything is: this loop is the boundary's cost
-        if 0 in stride and any(step == 0 and count > 1 for step, count in zip(stride, shape, strict=True)):
-            raise ValueError(
-                f"kv must not share memory between slots, heads or rows, got strides {list(stride)}"
-            )
-        b, g, s, _ = stride
-        table.append((t.data_ptr(), b * size, g * size, s * size, shape[1], shape[2], shape[3] * size))
+    table = _table(kv, path, length, start)
     return (table, *path.shape, *(t.data_ptr() for t in inputs)), inputs
 
 
