@@ -46,8 +46,9 @@ def case(
     ]
     contains = {"90": "wgmma"} if tensor_cores else {}
     if "p_arrivals" in signature and kernel is not down_kernel and constexprs.get("LAST_BLOCK", True):
-        # What the last block reads was written by others: its count must acquire, theirs release.
-        contains["80"] = "atom.global.gpu.acq_rel.add"
+        # What the last block reads was written by others: their counts release, its count acquires, and
+        # between the stores of all threads and the count of one lies a barrier.
+        contains["80"] = r"bar\.sync(?:(?!st\.global)[\s\S])*?atom\.global\.gpu\.acq_rel\.add"
     return CompileCase(
         f"adapter_cosine {name}",
         kernel,

@@ -106,6 +106,16 @@ def test_nan_zero_and_empty_rows(kind: str) -> None:
     assert [tuple(t.shape) for t in none] == [(0,), (0,), (0, 40)]
 
 
+def test_nan_inside_the_adapter_is_not_hidden_by_its_relu() -> None:
+    x, weights, target = inputs("lightweight", 3, 40, 24, torch.float32)
+    for index in (0, 4):
+        broken = [w.clone() for w in weights]
+        broken[index][7, 3] = math.nan
+        with tuned.override("adapter_cosine", TILES):
+            score, accept, _ = adapter_cosine_triton(x, broken, target, -1.0, EPS, False)
+        assert score.isnan().all() and not accept.any()
+
+
 def test_groups_and_tiles_of_rows_do_not_change_the_decision() -> None:
     """Counters per row block: with several row blocks and several groups each block is finished once."""
     case = inputs("lightweight", 50, 130, 40, torch.float32)
