@@ -85,7 +85,9 @@ __device__ __forceinline__ Emission decide(const Partial& found, const RowRule& 
 template <LogitsDtype kDtype>
 __device__ __noinline__ Partial scan_row(Group& group, const Row<kDtype>& row, const Slice& slice,
                                          const Pass& pass) {
-  const Partial mine = scan_slice(row, slice, pass);
+  Tokens<kDtype> first;
+  first.load(row, slice, slice.begin);
+  const Partial mine = scan_slice(row, slice, pass, first);
   if (group.size == 1) return mine;
   const uint4* slots = group.publish(mine);
   Partial all = empty_partial();
@@ -116,11 +118,15 @@ __global__ void __launch_bounds__(kThreads, 2) verify_tree_scan_kernel(const Ver
   const int64_t index = blockIdx.x / splits;
   const int64_t b = index / p.N;
   const int node = static_cast<int>(index % p.N);
-  if (node >= nodes_of(p, b)) return;
   const Row<kDtype> row = row_of<kDtype>(p, b, node);
+  const Slice slice = slice_of(p.V, blockIdx.x % splits, splits);
+  // Before anything is read of the tree: its latency hides behind that of the row.
+  Tokens<kDtype> first;
+  first.load(row, slice, slice.begin);
+  if (node >= nodes_of(p, b)) return;
   Pass pass = rule_of(p, b, 0).pass(p.V);
   if (pass.draw) pass.position += depth_of(p.parents + b * p.N, node);
-  const Partial found = scan_slice(row, slice_of(p.V, blockIdx.x % splits, splits), pass);
+  const Partial found = scan_slice(row, slice, pass, first);
   if (threadIdx.x == 0) static_cast<Partial*>(p.scratch)[blockIdx.x] = found;
 }
 

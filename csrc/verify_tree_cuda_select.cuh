@@ -115,14 +115,12 @@ __device__ Crossing select_level(Group& group, const Row<kDtype>& row, const Sli
   Histogram& bins = histogram();
   for (int i = threadIdx.x; i < kBins; i += kThreads) bins.low[i] = bins.high[i] = 0;
   __syncthreads();
-  for (int64_t base = slice.begin; base < slice.end; base += kThreads * kTokens) {
-    float x[kTokens];
-    load_tokens(row, slice, base, x);
-    constexpr int kChunk = Row<kDtype>::kChunkTokens;
+  for (int64_t base = slice.begin; base < slice.end; base += Tokens<kDtype>::kStep) {
+    Tokens<kDtype> x;
+    x.load(row, slice, base);
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const int64_t token = base + (t / kChunk * kThreads + threadIdx.x) * kChunk + t % kChunk;
-      const uint64_t key = token_key(x[t], token);
+    for (int t = 0; t < Tokens<kDtype>::kCount; ++t) {
+      const uint64_t key = token_key(x[t], Tokens<kDtype>::token_at(base, t));
       // A shift by 64 is undefined: the prefix of the first level is 0.
       const bool inside = key >= cut && (shift + width == 64 || key >> (shift + width) == prefix);
       const uint64_t weight = inside ? weights(x[t]) : 0;

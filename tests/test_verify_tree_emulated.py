@@ -78,7 +78,7 @@ def test_every_type_and_rule(
     assert_same(verify(emulated, mode, *args), verify_tree_ref(*args))
 
 
-@pytest.mark.parametrize("V", [1, 7, 8, 9, 16, 17, 2100])
+@pytest.mark.parametrize("V", [1, 7, 8, 9, 2100])
 def test_vocabularies_around_a_load(emulated: ModuleType, mode: Mode, V: int) -> None:
     turn = V + mode.cluster
     for rule, dtype in zip(RULES.values(), [*DTYPES.values()] * 2, strict=False):
@@ -100,7 +100,7 @@ def test_a_real_vocabulary(emulated: ModuleType, mode: Mode, rule: dict[str, flo
 
 def test_rows_of_one_batch_follow_their_own_rules(emulated: ModuleType, mode: Mode) -> None:
     generator = torch.Generator().manual_seed(0)
-    B, N, V = 40, 3, 23
+    B, N, V = 24, 3, 23
     tokens, parents = random_tree(generator, B, N, V)
     logits = (torch.randn(B, N, V, generator=generator) * 2).round()  # with ties
     logits[torch.rand(logits.shape, generator=generator) < 0.2] = -math.inf
