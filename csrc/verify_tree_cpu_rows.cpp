@@ -205,28 +205,30 @@ SPECFUSE_INLINE Doubles exp_nonpositive(const Doubles& x) {
 SPECFUSE_INLINE double weights_body(const float* x, int64_t V, float max, double temperature, Cut cut,
                                     double* out) {
   typedef float FourFloats __attribute__((vector_size(16)));
+  typedef int32_t FourInts __attribute__((vector_size(16)));
   float buffer[kStep];
-  double kept[kStep], mass = 0.0;
+  double kept[kStep];
+  Doubles sums{};
   const double inverse_temperature = 1.0 / temperature;
   for (int64_t base = 0; base < V; base += kStep) {
     const float* step = step_at(x, base, V, buffer);
+    const auto last = static_cast<int32_t>(std::clamp<int64_t>(cut.last_id - base, -1, kStep));
+    FourInts index = {0, 1, 2, 3};
     for (int i = 0; i < kStep; i += 4) {
       FourFloats values;
       std::memcpy(&values, step + i, sizeof values);
       const Doubles distance = __builtin_convertvector(values, Doubles) - static_cast<double>(max);
-      const Doubles weights = exp_nonpositive(distance * inverse_temperature);
+      const Doubles exps = exp_nonpositive(distance * inverse_temperature);
+      const FourInts inside = (values > cut.value) | ((values == cut.value) & (index <= last));
+      const Longs mask = __builtin_convertvector(inside, Longs);
+      const auto weights = reinterpret_cast<Doubles>(reinterpret_cast<Longs>(exps) & mask);
       std::memcpy(kept + i, &weights, sizeof weights);
+      sums += weights;
+      index += 4;
     }
-    double sum = 0.0;
-    for (int i = 0; i < kStep; ++i) {
-      const bool inside = step[i] > cut.value || (step[i] == cut.value && base + i <= cut.last_id);
-      kept[i] = inside ? kept[i] : 0.0;
-      sum += kept[i];
-    }
-    mass += sum;
     std::memcpy(out + base, kept, std::min(kStep, V - base) * sizeof(double));
   }
-  return mass;
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 SPECFUSE_INLINE void mass_histogram_body(const float* x, int64_t V, float max, double temperature,

@@ -160,13 +160,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     p.logprobs[b * p.N + i] = 0.0f;
   }
   if (tree.num_nodes > 0 && tree.rule.filters(p.V)) group.clear_bins();
-  __syncthreads();  // the padding is written before the path
   int visited = 0, node = tree.num_nodes > 0 ? 0 : -1;
   int64_t token = -1;
   while (node >= 0) {
     const Emission emission =
         visit<kDtype>(params, group, shared, tree, b, node, tree.position + visited + 1);
-    if (threadIdx.x == 0 && writes) {
+    if (threadIdx.x == 0 && writes) {  // over the padding, which the barriers in visit come after
       p.path[b * p.N + visited] = node;
       p.logprobs[b * p.N + visited] = emission.logprob;
     }
