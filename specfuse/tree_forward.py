@@ -207,6 +207,9 @@ class TreeForward:
         if tree is not None and not self.layout.windowed:
             return tree
         tail = self._tail(tail_mask, positions, pending)
+        if tree is not None and int(positions.max()) < (self.layout.window or 0):
+            # Every position is within the window of every other: the layers differ in nothing yet.
+            return {"full_attention": tree, "sliding_attention": tree} if self.layout.mixed else tree
         if plain:
             prefix = torch.ones((len(lengths), count, longest), dtype=torch.bool, device=self.device)
             mask = torch.cat([prefix, tail], dim=2)

@@ -38,15 +38,16 @@ def gpt2(seed: int) -> PreTrainedModel:
     return finish(GPT2LMHeadModel(config), seed, torch.float32, eos=True)
 
 
-def mistral(seed: int) -> PreTrainedModel:
-    return finish(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)), seed, torch.float32, eos=True)
+def mistral(seed: int, window: int = 6) -> PreTrainedModel:
+    config = MistralConfig(**SIZES, sliding_window=window)
+    return finish(MistralForCausalLM(config), seed, torch.float32, eos=True)
 
 
-def half_windowed(seed: int) -> PreTrainedModel:
+def half_windowed(seed: int, window: int = 5) -> PreTrainedModel:
     config = Qwen2Config(
         **SIZES,
         use_sliding_window=True,
-        sliding_window=5,
+        sliding_window=window,
         layer_types=["full_attention", "sliding_attention"],
     )
     return finish(Qwen2ForCausalLM(config), seed, torch.float32, eos=True)
@@ -123,6 +124,30 @@ def test_speculation_is_generate(name, batch, calls):
     assert (calls == []) == (name == "mistral")
 
 
+@pytest.mark.parametrize("window", [18, 23, 64])
+@pytest.mark.parametrize("build", [mistral, half_windowed])
+def test_a_window_counts_from_where_it_hides_something(build, window, calls, monkeypatch):
+    """Rows of 8 to 17 tokens grow by 16: past the first windows midway, never past the last."""
+    dense = []
+    finish_mask = TreeForward._finish_mask
+    monkeypatch.setattr(TreeForward, "_finish_mask", lambda *a: dense.append(1) or finish_mask(*a))
+    for batch in (1, 4):
+        model = build(0, window)
+        inputs = random_prompts(model, batch)
+        expected = plain(model, inputs)
+        model.set_attn_implementation("specfuse_tree")
+        for drafter in (
+            OracleDrafter(answers_of(expected, inputs), vocab=120),
+            ModelDrafter(model, depth=3, branching=2),
+        ):
+            prefills = len(dense)
+            generator = specfuse.SpeculativeGenerator(model, drafter, max_nodes=4)
+            got = generator.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+            assert torch.equal(got, expected)
+            assert window < 64 or len(dense) <= prefills + 2
+    assert calls and dense
+
+
 def test_useless_drafts_and_a_draft_model_with_pending_nodes(calls):
     model, inputs = model_and_inputs("llama", 3)
     expected = plain(model, inputs)
@@ -183,7 +208,7 @@ def step_masks(model: PreTrainedModel, nodes: int, mask: Tensor | None = None) -
     with torch.no_grad():
         forward.prefill({"input_ids": inputs["input_ids"]}, padding)
     tail = torch.ones(nodes, nodes, dtype=torch.bool).tril().expand(2, -1, -1)
-    return forward._step_mask(tail, torch.arange(nodes).expand(2, -1))
+    return forward._step_mask(tail, 10 + torch.arange(nodes).expand(2, -1))
 
 
 def test_a_tree_pass_builds_no_dense_mask():
@@ -203,6 +228,11 @@ def test_a_tree_pass_builds_no_dense_mask():
     masks = step_masks(mixed, 3)
     assert isinstance(masks["full_attention"], TreeMask)
     assert masks["sliding_attention"].dtype == torch.bool
+    # Nodes at positions 10, 11 and 12: a window of 12 hides key 0 from the last one, one of 13 hides nothing.
+    for window, kind in ((12, torch.bool), (13, torch.int64)):
+        windowed = mistral(0, window)
+        windowed.set_attn_implementation("specfuse_tree")
+        assert step_masks(windowed, 3).dtype == kind
 
 
 def test_a_tree_mask_taken_for_a_dense_one_fails():
