@@ -8,15 +8,15 @@ from typing import Any
 
 from compile_triton import CompileCase
 
-from specfuse.kernels.adapter_cosine import FLOAT32_LIMITS
+from specfuse.kernels.adapter_cosine import SMALL_TILES
 from specfuse.kernels.adapter_cosine_down import activate_kernel, down_kernel, middle_kernel
 from specfuse.kernels.adapter_cosine_up import score_kernel, up_kernel
 
 CONFIGS = Path(__file__).resolve().parents[1] / "kernels" / "configs" / "adapter_cosine.json"
 
 
-def fp32(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: min(v, FLOAT32_LIMITS.get(k, v)) for k, v in config.items()}
+def small_tiles(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: min(v, SMALL_TILES.get(k, v)) for k, v in config.items()}
 
 
 def case(
@@ -32,18 +32,19 @@ def case(
     max_registers: int = 255,
     max_shared: int = 101_376,
     ones: tuple[str, ...] = (),
+    odd: bool = False,
 ) -> CompileCase:
     """Pointers are of the storage dtype and integers i32 unless ``types`` says otherwise."""
     blocks = {f"BLOCK_{axis}": config.get(f"{part}_{axis}") for axis in "MNK"}
     constants = {k: v for k, v in blocks.items() if k in kernel.arg_names} | constexprs
-    constants |= dict.fromkeys(ones, 1)
+    constants |= {name: 1 for name in ones if name in kernel.arg_names}
     signature = {}
     for arg in kernel.arg_names:
         if arg not in constants:
             signature[arg] = types.get(arg, f"*{dtype}" if arg.startswith("p_") else "i32")
-    aligned = [
-        a for a in signature if a.startswith("p_") or a in {"D", "R", "stride_x", "stride_h", "stride_t"}
-    ]
+    aligned = [arg for arg in signature if arg.startswith("p_")]
+    if not odd:  # sizes and row strides of real models are multiples of 16
+        aligned += [a for a in ("D", "R", "stride_x", "stride_h", "stride_t") if a in signature]
     contains = {"90": "wgmma"} if tensor_cores else {}
     if "p_arrivals" in signature and kernel is not down_kernel and constexprs.get("LAST_BLOCK", True):
         # What the last block reads was written by others: their counts release, its count acquires, and
@@ -68,13 +69,13 @@ SCORES = {"p_partial": "*fp32", "p_score": "*fp32", "p_accept": "*u8", "p_arriva
 
 
 def chain(
-    label: str, c: dict[str, Any], dtype: str, large: bool, ones: tuple[str, ...] = ()
+    label: str, c: dict[str, Any], dtype: str, large: bool, ones: tuple[str, ...] = (), odd: bool = False
 ) -> list[CompileCase]:
     """The three launches of the lightweight adapter and the activation of the residual MLP."""
     splits = c["SPLITS"]
     scratch = "*fp32" if splits > 1 else f"*{dtype}"
-    wide = large and dtype != "fp32"
-    common: dict[str, Any] = {"dtype": dtype, "ones": ones}
+    wide = large and dtype != "fp32" and not odd
+    common: dict[str, Any] = {"dtype": dtype, "ones": ones, "odd": odd}
     down = {"p_out": scratch, "p_arrivals": "*i32"}
     middle = {"p_z": scratch, "p_mid": scratch, "p_arrivals": "*i32", **FLOATS}
     up = {"RESIDUAL": True, "WRITE": False, "LAST_BLOCK": True}
@@ -107,7 +108,10 @@ CASES = [
     *every_configuration(),
     *chain("M64-fp16", ENTRIES[64, 4096, 1024], "fp16", large=False),
     *chain("M1-bf16", SMALL, "bf16", large=False, ones=("M",)),
-    *chain("M4096-fp32", fp32(LARGE), "fp32", large=True),
+    *chain("odd-M4096-bf16", small_tiles(LARGE), "bf16", large=True, odd=True),
+    *chain("odd-M1-bf16", small_tiles(SMALL), "bf16", large=False, ones=("M",), odd=True),
+    *chain("M1-D1-R1-bf16", small_tiles(SMALL), "bf16", large=False, ones=("M", "D", "R"), odd=True),
+    *chain("M4096-fp32", small_tiles(LARGE), "fp32", large=True),
     case("down+GELU M4096-bf16", down_kernel, LARGE, "DOWN", {"SPLITS": 1, "GELU": True},
          {"p_arrivals": "*i32"}, tensor_cores=True),
     case("up aligned M4096-bf16", up_kernel, LARGE, "UP",

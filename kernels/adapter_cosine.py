@@ -35,7 +35,8 @@ What this design adds to the floor: x is read a second time as the residual, and
 ``4 SPLITS M R`` bytes are written once and read ``2 R / MID_N`` times, from L2.
 
 Limits: one dtype for everything (float32, float16, bfloat16), float32 accumulation. float32 products are
-exact (no TF32) and run without tensor cores: that path is for checking, not for speed. Squares of norms are
+exact (no TF32) and run without tensor cores: that path is for checking, not for speed. Rows that do not
+start at multiples of 16 elements (an odd D or R, some slices) are right but slow. Squares of norms are
 float32: values beyond about 1e16 at D = 150,528 overflow to a NaN score. Not yet run on a GPU: compiled for
 sm_80 to sm_120, and interpreted on a CPU.
 """
@@ -55,17 +56,18 @@ from specfuse.kernels.adapter_cosine_ref import KINDS, LAYER_NORM_EPS
 from specfuse.kernels.adapter_cosine_up import score_kernel, up_kernel
 
 SCORE_ROWS = 32
-# float32 operands take twice the room, and products without tensor cores more registers.
-FLOAT32_LIMITS = {
-    "DOWN_M": 32,
-    "DOWN_N": 32,
-    "DOWN_K": 32,
-    "DOWN_WARPS": 4,
-    "MID_M": 16,
-    "MID_N": 32,
+# float32 operands take twice the room and, without tensor cores, more registers; rows that do not start at
+# multiples of 16 elements pass through registers on their way to shared memory.
+SMALL_TILES = {"DOWN_M": 32, "DOWN_N": 32, "DOWN_K": 32, "DOWN_WARPS": 4, "MID_M": 16, "MID_N": 32}
+SMALL_TILES |= {
     "MID_K": 32,
+    "MID_WARPS": 4,
+    "MID_STAGES": 2,
+    "UP_M": 32,
+    "UP_N": 32,
+    "UP_K": 32,
+    "UP_WARPS": 4,
 }
-FLOAT32_LIMITS |= {"MID_WARPS": 4, "MID_STAGES": 2, "UP_M": 32, "UP_N": 32, "UP_K": 32, "UP_WARPS": 4}
 
 
 def adapter_cosine_triton(
@@ -76,7 +78,7 @@ def adapter_cosine_triton(
     weights = [w.contiguous() for w in weights]
     M, D = target.shape
     R = x.shape[1] if KINDS[len(weights)] == "linear" else weights[0].shape[0]
-    c = choose(M, D, R, x)
+    c = choose(M, D, R, x, target)
     score = torch.empty(M, dtype=torch.float32, device=x.device)
     accept = torch.empty(M, dtype=torch.bool, device=x.device)
     aligned = torch.empty((M if return_aligned else 0, D), dtype=x.dtype, device=x.device)
@@ -135,9 +137,10 @@ def _hidden(x: Tensor, weights: Sequence[Tensor], arrivals: Tensor, c: Mapping[s
     return h
 
 
-def choose(M: int, D: int, R: int, x: Tensor) -> dict[str, Any]:
-    """The tuned configuration of this size, with smaller tiles for float32."""
+def choose(M: int, D: int, R: int, x: Tensor, target: Tensor) -> dict[str, Any]:
+    """The tuned configuration of this size; small tiles for float32 and for rows that are not aligned."""
     c = dict(tuned.config("adapter_cosine", {"M": M, "D": D, "R": R}, x.device))
-    if x.dtype == torch.float32:
-        c |= {name: min(c[name], limit) for name, limit in FLOAT32_LIMITS.items()}
+    steps = (D, R, x.stride(0), target.stride(0), x.data_ptr(), target.data_ptr())
+    if x.dtype == torch.float32 or any(step % 16 for step in steps):
+        c |= {name: min(c[name], limit) for name, limit in SMALL_TILES.items()}
     return c

@@ -54,7 +54,8 @@ def test_sizes_around_the_tiles(kind: str, dtype: torch.dtype, splits: int, M: i
 
 @pytest.mark.parametrize("entry", CONFIGS, ids=lambda e: "-".join(f"{k}{v}" for k, v in e["sizes"].items()))
 def test_shipped_configurations(entry: dict) -> None:
-    case = inputs("lightweight", 19, 523, 71, torch.float16)
+    # Multiples of 16, else the launcher takes small tiles; but of no tile.
+    case = inputs("lightweight", 19, 528, 80, torch.float16)
     with tuned.override("adapter_cosine", entry["config"]):
         result = adapter_cosine_triton(*case, 0.0, EPS, True)
     assert_as_good_as_eager(result, *case, 0.0)
