@@ -14,7 +14,7 @@
 // memory of this call.
 //
 // Tokens are those of the definition in double: draws too close to tell in float32 are repeated in double. V
-// below 2^32, B * N * splits below 2^31. Compiled and emulated, not yet run on a GPU.
+// and B * N * splits are below 2^31. Compiled and emulated, not yet run on a GPU.
 #include "verify_tree_cuda_select.cuh"
 
 namespace specfuse {
@@ -115,9 +115,9 @@ __device__ int depth_of(const int32_t* parents, int node) {
 template <LogitsDtype kDtype>
 __global__ void __launch_bounds__(kThreads, 2) verify_tree_scan_kernel(const VerifyTreeParams p) {
   const unsigned splits = static_cast<unsigned>(p.splits);
-  const int64_t index = blockIdx.x / splits;
-  const int64_t b = index / p.N;
-  const int node = static_cast<int>(index % p.N);
+  const unsigned index = blockIdx.x / splits, width = static_cast<unsigned>(p.N);
+  const int64_t b = index / width;
+  const int node = static_cast<int>(index % width);
   const Row<kDtype> row = row_of<kDtype>(p, b, node);
   const Slice slice = slice_of(p.V, blockIdx.x % splits, splits);
   // Before anything is read of the tree: its latency hides behind that of the row.

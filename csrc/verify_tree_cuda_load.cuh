@@ -148,8 +148,9 @@ struct Slice {
   int64_t begin, end;
 };
 
+// V is below 2^31: 64-bit division is a subroutine of a hundred instructions.
 __device__ __forceinline__ Slice slice_of(int64_t V, unsigned rank, unsigned ranks) {
-  const int64_t tokens = ((V + ranks - 1) / ranks + 15) / 16 * 16;
+  const int64_t tokens = ((static_cast<unsigned>(V) + ranks - 1) / ranks + 15) / 16 * 16;
   const int64_t begin = tokens * rank;
   return {begin < V ? begin : V, begin + tokens < V ? begin + tokens : V};
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import product
 from types import ModuleType
@@ -11,8 +12,9 @@ import pytest
 import torch
 from emulated import FLAGS, build_op, needs_compiler, poison, run_sanitized
 from torch import Tensor
-from verify_tree_cases import FILTERED, SAMPLED, arguments, assert_same, random_tree
+from verify_tree_cases import FILTERED, SAMPLED, arguments, assert_same, leaning, random_tree
 
+from specfuse.kernels import tuned
 from specfuse.kernels.philox_ref import uniform
 from specfuse.kernels.verify_tree_ref import verify_tree_ref
 from specfuse.ops.verify_tree import _native_call, _scratch
@@ -216,6 +218,15 @@ def test_empty_problems(emulated: ModuleType, mode: Mode, B: int, N: int) -> Non
     path, length, next_token, logprobs = verify(emulated, mode, *args)
     assert path.shape == logprobs.shape == (B, N)
     assert length.tolist() == [0] * B and next_token.tolist() == [-1] * B
+
+
+def test_every_configuration_of_the_file_runs(emulated: ModuleType) -> None:
+    entries = json.loads(tuned.config_file("verify_tree", None).read_text())["entries"]
+    chosen = {tuple(entry["config"].values()) for entry in entries}
+    args = arguments(leaning([3, 1], 9).unsqueeze(0), torch.tensor([[0, 3]]), torch.tensor([[-1, 0]]).int())
+    assert len(chosen) > 3
+    for splits, cluster in chosen:
+        assert_same(verify(emulated, Mode(splits, cluster, "1"), *args), verify_tree_ref(*args))
 
 
 def test_strategies_out_of_range_are_refused(emulated: ModuleType) -> None:
