@@ -40,7 +40,7 @@ CASES = [
     TreeCase(16, [64, 65], starts=[0, 33], D=128),
     TreeCase(17, [127], D=96, H=2, G=2),
     TreeCase(33, [31, 149], starts=[30, 5], D=80, own=True),
-    TreeCase(64, [97, 3], H=7, G=7, padding=3),
+    TreeCase(64, [97, 3], H=3, G=3, padding=3),
     TreeCase(64, [33], D=128, own=True),
     TreeCase(3, [40, 12], tail=11),
     TreeCase(4, [5, 66], tail=64, own=True),
