@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from emulated import ORDERS, build_op, needs_compiler
+from emulated import FLAGS, ORDERS, build_op, needs_compiler, run_sanitized
 from test_compact_kv import cache, oracle, paths, same
 from torch import Tensor
 
@@ -103,3 +103,12 @@ def test_only_length_says_where_a_path_ends(emulated: ModuleType) -> None:
     expected = oracle([kv], path, torch.tensor([3, 0, 3, 2]), start)
     move(emulated, [kv], path, torch.tensor([9, -4, 3, 2], dtype=torch.int32), start)
     assert same([kv], expected)
+
+
+@pytest.mark.skipif(bool(FLAGS), reason="this process has the sanitizers already")
+@pytest.mark.parametrize("order", ["reverse"], indirect=True)
+def test_no_read_or_write_out_of_bounds() -> None:
+    """Some of this file again under the address and undefined-behaviour sanitizers."""
+    chosen = "reverse and (leave or (stretch and (129 or 400)) or (dtypes and 3 and float16))"
+    output = run_sanitized("tests/test_compact_kv_emulated.py", "-k", chosen)
+    assert "8 passed" in output, output[-3000:]
