@@ -8,7 +8,8 @@
 sibling a test and a residual of all rows, an argmax over perturbed logarithms, a walk of the tree's depth. It
 is compared with the op first, on the op's own noise. The trees are drawn from q, which is the target's
 distribution with noise in its logits. `bytes` is one read of the visited rows of p, and of q at nodes with
-children. flashinfer's chain_speculative_sampling (with chains) is a provider where it imports; untried.
+children. Where they import, flashinfer's chain_speculative_sampling (chains; the same rule) and sgl-kernel's
+tree_speculative_sampling_target_only (which accepts less) are providers, softmax included; both untried.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from harness import Case, main, parametrize, run_case
+from harness import Case, Tuning, main, parametrize, run_case
 from torch import Tensor
 
 from specfuse.kernels.philox_ref import COIN, RESIDUAL, gumbel, uniform
@@ -26,7 +27,8 @@ from specfuse.ops import AcceptedPath, verify_tree, verify_tree_rejection
 from specfuse.tree import TokenTree
 
 SEED, SHARPNESS, NOISE = 7, 2.5, 1.0  # logits as spread as real ones; how far q is from p
-SHAPES = [(1, 8, 32000), (1, 16, 32000), (16, 16, 32000), (64, 16, 32000), (8, 32, 151936)]
+SHAPES = [(1, 8, 32000), (1, 16, 32000), (16, 16, 32000), (64, 16, 32000), (256, 8, 32000), (8, 32, 151936)]
+UNFILTERED = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}
 SPARSE = 64  # entries of q where it is given by its largest
 
 
@@ -114,15 +116,21 @@ def own_noise(problem: Problem) -> tuple[Tensor, Tensor]:
     return coins.float(), torch.stack(rows)
 
 
-def fused(problem: Problem, seed: int = SEED) -> AcceptedPath:
-    return verify_tree_rejection(
-        problem.logits, problem.tree, problem.q, draft_ids=problem.ids, temperature=1.0, seed=seed
+def fused(problem: Problem) -> Callable[[], AcceptedPath]:
+    """The op with its parameters as tensors, so that a call is one launch."""
+    B, device = problem.logits.shape[0], problem.logits.device
+    rows = {name: torch.full((B,), value, device=device) for name, value in UNFILTERED.items()}
+    rows["top_k"] = torch.zeros(B, dtype=torch.int32, device=device)
+    rows["seed"] = SEED + torch.arange(B, device=device)
+    rows["positions"] = torch.zeros(B, dtype=torch.int64, device=device)
+    return lambda: verify_tree_rejection(
+        problem.logits, problem.tree, problem.q, draft_ids=problem.ids, **rows
     )
 
 
 def check(problem: Problem) -> None:
     length, token = eager(problem, *own_noise(problem))
-    accepted = fused(problem)
+    accepted = fused(problem)()
     same = (accepted.length == length) & (accepted.next_token == token)
     # Float sums in another order decide a coin or a near-tie once in many rows.
     assert (~same).sum() <= len(same) // 32, f"rows {(~same).nonzero().flatten().tolist()} differ"
@@ -130,7 +138,7 @@ def check(problem: Problem) -> None:
 
 def floor_bytes(problem: Problem) -> int:
     """One read of the rows that the walk visits."""
-    path = fused(problem).path.long()
+    path = fused(problem)().path.long()
     visited = path.flatten()[path.flatten() >= 0]
     inner = int((problem.children[visited, 0] >= 0).sum())
     entry = problem.q.element_size() + (0 if problem.ids is None else 8)
@@ -138,15 +146,35 @@ def floor_bytes(problem: Problem) -> int:
     return read + inner * problem.q.shape[2] * entry
 
 
-def chain_sampling(problem: Problem) -> Callable[[], object] | None:
-    """Flashinfer's kernel for chains, from probabilities; untried."""
+def flashinfer_chains(problem: Problem) -> Callable[[], object] | None:
+    """Flashinfer's kernel, of probabilities; untried."""
     try:
         from flashinfer.sampling import chain_speculative_sampling
     except ImportError:
         return None
-    p, q = problem.logits.float().softmax(-1), problem.q[:, :-1].float().contiguous()
-    drafts = problem.tree.tokens[:, 1:].int().contiguous()
-    return lambda: chain_speculative_sampling(q, drafts, p)
+    q, drafts = problem.q[:, :-1].float().contiguous(), problem.tree.tokens[:, 1:].int().contiguous()
+    return lambda: chain_speculative_sampling(q, drafts, problem.logits.float().softmax(-1))
+
+
+def sglang_trees(problem: Problem) -> Callable[[], object] | None:
+    """sgl-kernel's kernel, which does not use q; untried."""
+    try:
+        import sgl_kernel
+    except ImportError:
+        return None
+    (B, N, _), device = problem.logits.shape, problem.logits.device
+    accepted = torch.full((B, N), -1, dtype=torch.int32, device=device)
+    outputs = (accepted.flatten().clone(), accepted, accepted[:, 0].clone())
+    encoded = problem.tree.to_sglang()
+    coins = torch.rand(B, N, device=device), torch.rand(B, device=device)
+
+    def run() -> None:
+        p = problem.logits.float().softmax(-1)
+        sgl_kernel.tree_speculative_sampling_target_only(
+            *outputs, problem.tree.tokens, *encoded, *coins, p, torch.zeros_like(p)
+        )
+
+    return run
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -165,10 +193,13 @@ def case(name: str, p: Problem) -> Case:
     noise = random_noise(p)
     providers: dict[str, Callable[[], object]] = {
         "eager": lambda: eager(p, *noise),
-        "specfuse": lambda: fused(p),
+        "specfuse": fused(p),
     }
-    if p.logits.is_cuda and p.children.shape[1] == 1 and p.ids is None and (peer := chain_sampling(p)):
-        providers["flashinfer"] = peer
+    if p.logits.is_cuda and p.ids is None:
+        if p.children.shape[1] == 1 and (peer := flashinfer_chains(p)):
+            providers["flashinfer"] = peer
+        if peer := sglang_trees(p):
+            providers["sgl-kernel"] = peer
     B, N, V = p.logits.shape
     return Case(
         name,
@@ -181,6 +212,18 @@ def case(name: str, p: Problem) -> Case:
     )
 
 
+def tunings(device: str) -> Iterator[Tuning]:
+    """Trees with dense q: blocks per tree."""
+    for B, N, V in SHAPES:
+        p = problem(B, N, V, device, torch.bfloat16, 4, sparse=False)
+        yield Tuning(
+            sizes={"B": B, "V": V},
+            configs=[{"cluster": cluster} for cluster in (1, 2, 4, 8)],
+            call=fused(p),
+            check=lambda p=p: check(p),
+        )
+
+
 def acceptance() -> None:
     """Prints tokens per pass of both rules over the same sampled trees, averaged over 2,000 of them."""
     print("tokens per pass over 2,000 trees, V = 500; q is p with noise of this deviation in its logits")
@@ -190,7 +233,7 @@ def acceptance() -> None:
         for branches, N in ((1, 5), (2, 9), (4, 17), (8, 33)):
             p = problem(2000, N, 500, "cpu", torch.float32, branches, sparse=False)
             target_only = verify_tree(p.logits, p.tree, temperature=1.0, seed=SEED).length.float().mean()
-            rejection = fused(p).length.float().mean()
+            rejection = fused(p)().length.float().mean()
             name = f"{branches} x {(N - 1) // branches} deep"
             print(f"{noise:5}  {name:12} {target_only:12.2f} {rejection:22.2f}")
 

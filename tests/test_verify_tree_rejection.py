@@ -76,6 +76,21 @@ def test_the_second_sibling_is_tested_against_what_is_left() -> None:
 
 
 @replacement
+def test_q_is_rescaled_after_a_rejection(with_replacement: bool) -> None:
+    """p = (.38, .12, .5), q = (.9, .08, .02): the rejection of draft 0 leaves of p (0, .08, .92).
+
+    Without replacement it leaves of q (0, .8, .2), and draft 1 has a chance of 0.1; with replacement, of .96.
+    """
+    tree = TokenTree.from_parents([[9, 0, 1]], [[-1, 0, 0]])
+    p, q = [[0.38, 0.12, 0.5]] * 3, [[0.9, 0.08, 0.02]] * 3
+    accepted = one_row(p, q, tree, 2000, with_replacement=with_replacement)
+    second = accepted.path[accepted.path[:, 1] != 1, 1] == 2
+    assert len(second) > 1000
+    low, high = (0.93, 0.99) if with_replacement else (0.07, 0.13)
+    assert low < second.double().mean() < high
+
+
+@replacement
 def test_a_drafter_that_is_the_target_is_always_accepted(with_replacement: bool) -> None:
     """A first sibling drawn from q = p never fails, at any depth."""
     generator = torch.Generator().manual_seed(0)

@@ -105,27 +105,29 @@ def test_many_rejections(emulated: ModuleType, with_replacement: bool, sparse: i
 
 
 @clusters
-@pytest.mark.parametrize("sparse", [None, 7])
-def test_rejected_tokens_of_every_warp_leave_q(
-    emulated: ModuleType, cluster: int, sparse: int | None
-) -> None:
-    """Seven tokens far apart hold all of p and q, so that each belongs to other threads."""
-    generator = torch.Generator().manual_seed(6)
-    B, N, V = 24, 7, 4000
-    kept = torch.arange(7) * 571 + 3
-    logits, q = torch.full((B, N, V), -math.inf), torch.zeros(B, N, V)
-    logits[..., kept] = torch.randn(B, N, 7, generator=generator) * 2
-    q[..., kept] = torch.rand(B, N, 7, generator=generator)
-    tokens = kept[torch.rand(B, N, generator=generator).argsort(dim=1)]
-    parents = torch.tensor([[-1, 0, 0, 0, 0, 0, 0]], dtype=torch.int32).repeat(B, 1)
-    drafts = (q, None) if sparse is None else to_sparse(q, sparse)
-    if sparse:  # entries of other warps, too
-        padding = torch.full((B, N, 140), -1)
-        drafts = (torch.zeros(B, N, 147), torch.cat((padding, drafts[1]), dim=-1))
-        drafts[0][..., 140:] = q.gather(-1, drafts[1][..., 140:])
-    args = op_arguments(logits, *drafts, False, tokens, parents)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_rejected_tokens_leave_q(emulated: ModuleType, cluster: int, sparse: bool) -> None:
+    """The second draft has a chance of 0.1, were q not rescaled 0.96; the tokens lie in several warps.
+
+    p = (.38, .12, .5) and q = (.9, .08, .02): the rejection of the first leaves of p (0, .08, .92), of q (0,
+    .8, .2).
+    """
+    seeds = [1, 2, 6, 8, 9, 10, 12, 14]  # whose first coin rejects
+    B, V, p, q = len(seeds), 4000, torch.tensor([0.38, 0.12, 0.5]), torch.tensor([0.9, 0.08, 0.02])
+    kept = torch.stack([torch.randperm(7, generator=torch.Generator().manual_seed(b))[:3] for b in range(B)])
+    kept = kept * 571 + 500
+    rows = kept.unsqueeze(1).expand(B, 3, 3)
+    logits = torch.full((B, 3, V), -math.inf).scatter(-1, rows, p.log().expand(B, 3, 3))
+    tokens = torch.cat((torch.zeros(B, 1, dtype=torch.int64), kept[:, :2]), dim=1)
+    parents = torch.tensor([[-1, 0, 0]], dtype=torch.int32).repeat(B, 1)
+    drafts = (torch.zeros(B, 3, V).scatter(-1, rows, q.expand(B, 3, 3)), None)
+    if sparse:  # the entries of several warps, too
+        ids = torch.full((B, 3, 200), -1)
+        ids[..., [70, 105, 199]] = rows
+        drafts = (torch.zeros(B, 3, 200).index_copy(-1, torch.tensor([70, 105, 199]), q.expand(B, 3, 3)), ids)
+    args = op_arguments(logits, *drafts, False, tokens, parents, seed=torch.tensor(seeds))
     expected = verify_tree_rejection_ref(*args)
-    assert (expected[0][:, 1] > 3).sum() > 3
+    assert not (expected[0] == 1).any() and (expected[1] == 1).sum() > B // 2
     assert_same(verify(emulated, cluster, *args), expected)
 
 
