@@ -107,10 +107,9 @@ LARGE, SMALL = ENTRIES[4096, 4096, 1024], ENTRIES[1, 4096, 256]
 CASES = [
     *every_configuration(),
     *chain("M64-fp16", ENTRIES[64, 4096, 1024], "fp16", large=False),
-    *chain("M1-bf16", SMALL, "bf16", large=False, ones=("M",)),
     *chain("odd-M4096-bf16", small_tiles(LARGE), "bf16", large=True, odd=True),
-    *chain("odd-M1-bf16", small_tiles(SMALL), "bf16", large=False, ones=("M",), odd=True),
-    *chain("M1-D1-R1-bf16", small_tiles(SMALL), "bf16", large=False, ones=("M", "D", "R"), odd=True),
+    *chain("odd-M1-bf16", small_tiles(SMALL), "bf16", large=False, odd=True),
+    *chain("D1-R1-bf16", small_tiles(SMALL), "bf16", large=False, ones=("D", "R"), odd=True),
     *chain("M4096-fp32", small_tiles(LARGE), "fp32", large=True),
     case("down+GELU M4096-bf16", down_kernel, LARGE, "DOWN", {"SPLITS": 1, "GELU": True},
          {"p_arrivals": "*i32"}, tensor_cores=True),
@@ -118,7 +117,5 @@ CASES = [
          {"RESIDUAL": True, "WRITE": True, "LAST_BLOCK": True}, SCORES, tensor_cores=True),
     case("up linear M4096-bf16", up_kernel, LARGE, "UP",
          {"RESIDUAL": False, "WRITE": False, "LAST_BLOCK": False}, SCORES, tensor_cores=True),
-    case("up one group M1-bf16", up_kernel, SMALL, "UP",
-         {"RESIDUAL": True, "WRITE": False, "LAST_BLOCK": True}, SCORES, ones=("M", "groups")),
     case("score", score_kernel, {"SCORE_M": 32}, "SCORE", {}, SCORES),
 ]  # fmt: skip

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# The number of rows changes from call to call: it is no reason to compile again.
+@triton.jit(do_not_specialize=("M", "n_arrivals"))
 def down_kernel(
     p_x,  # [M, D] rows stride_x apart
     p_w,  # [R, D]
@@ -117,7 +118,7 @@ def _norm_relu(z, mean, rstd, p_gain, p_shift, cols, R):
     return tl.where(h < 0.0, 0.0, h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))
 def middle_kernel(
     p_z,  # [SPLITS, M, R] sums of the down projection
     p_bias1,  # [R] of the down projection
@@ -176,7 +177,7 @@ def middle_kernel(
             tl.store(p_h + rows[:, None] * R + cols[None, :], h.to(p_h.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))
 def activate_kernel(
     p_z,  # [SPLITS, M, R] sums of the down projection
     p_bias,  # [R]

@@ -92,7 +92,7 @@ def _epilogue(
     return dot, yy, tt
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "groups"))
 def up_kernel(
     p_h,  # [M, R] rows stride_h apart
     p_w,  # [D, R]
@@ -169,7 +169,7 @@ def up_kernel(
             _score(p_partial, p_score, p_accept, rows, M, groups, threshold, eps, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "groups"))
 def score_kernel(
     p_partial,  # [3, groups, M] float32
     p_score,  # [M] float32
