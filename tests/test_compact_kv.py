@@ -327,3 +327,12 @@ def test_one_call_leaves_what_it_cannot_describe_to_python() -> None:
     assert native.cpu.kv_table([good, good], 2, 1, 0) is not None
     assert [native.cpu.kv_table([good, t], 2, 1, 0) for t in bad] == [None] * len(bad)
     assert native.cpu.kv_table([good], 2, 2, 0) is None  # asked for a GPU
+
+
+@pytest.mark.gpu
+def test_one_call_reads_cuda_tensors() -> None:
+    kv = cache(2, 3, 9, 8).cuda()
+    table = native.cpu.kv_table([kv[:, :, 1:]], 2, 2, kv.device.index)
+    expected = (kv.data_ptr() + 32, 3 * 9 * 32, 9 * 32, 32, 3, 8, 32)
+    assert _KV_TENSOR.unpack(table) == expected
+    assert native.cpu.kv_table([kv, kv.cpu()], 2, 2, kv.device.index) is None
