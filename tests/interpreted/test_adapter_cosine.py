@@ -12,6 +12,7 @@ import pytest
 import torch
 from adapter_cosine_cases import EPS, KINDS, assert_as_good_as_eager, inputs
 
+from specfuse.kernels import adapter_cosine as launcher
 from specfuse.kernels import tuned
 from specfuse.kernels.adapter_cosine import adapter_cosine_triton
 from specfuse.kernels.adapter_cosine_ref import adapter_cosine_ref
@@ -127,3 +128,35 @@ def test_groups_and_tiles_of_rows_do_not_change_the_decision() -> None:
             without = adapter_cosine_triton(*case, 0.1, EPS, False)
         assert_as_good_as_eager(result, *case, 0.1)
         assert torch.equal(without[0], result[0]) and without[2].shape == (0, 130)
+
+
+@pytest.mark.parametrize(
+    ("kind", "splits", "launches"),
+    [
+        ("linear", 4, ["up_kernel", "score_kernel"]),
+        ("residual_mlp", 1, ["down_kernel", "up_kernel"]),
+        ("residual_mlp", 4, ["down_kernel", "activate_kernel", "up_kernel"]),
+        ("lightweight", 1, ["down_kernel", "middle_kernel", "up_kernel"]),
+        ("lightweight", 4, ["down_kernel", "middle_kernel", "up_kernel"]),
+    ],
+)
+def test_at_most_three_launches(
+    kind: str, splits: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Counted:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(launcher, name)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            seen.append(self.name)
+            return self.kernel[grid]
+
+    names = ("down_kernel", "middle_kernel", "activate_kernel", "up_kernel", "score_kernel")
+    for counted in [Counted(name) for name in names]:
+        monkeypatch.setattr(launcher, counted.name, counted)
+    case = inputs(kind, 5, 40, 24, torch.float32)
+    with tuned.override("adapter_cosine", TILES | {"SPLITS": splits}):
+        assert_as_good_as_eager(adapter_cosine_triton(*case, 0.0, EPS, True), *case, 0.0)
+    assert seen == launches
