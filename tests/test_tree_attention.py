@@ -157,6 +157,15 @@ def test_wrong_arguments_are_named(name: str) -> None:
         call(x | changes)
 
 
+def test_forward_only() -> None:
+    x = tree_case(TreeCase(3, [5]))
+    x["k_cache"].requires_grad_()
+    with pytest.raises(ValueError, match="must not require grad: tree_attention is forward only"):
+        call(x)
+    with torch.no_grad():
+        assert not call(x).requires_grad
+
+
 def test_flash_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     # flash-attn 4 installs a package of this name without the function.
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))

@@ -261,6 +261,7 @@ def test_what_tree_attention_can_not_do_is_said():
             forward(module, q, kv, kv, some_mask, s_aux=torch.zeros(4))
 
 
+@torch.no_grad()
 def test_a_model_that_ignores_the_interface_is_refused(monkeypatch):
     model = tiny_llama(seed=0)
     model.set_attn_implementation("specfuse_tree")

@@ -182,11 +182,17 @@ def tree_attention(
     Raises:
         ValueError: naming the argument, for a wrong shape, dtype or device, and more than 64 nodes. Values of
             lengths and starts are checked on the CPU only; on a GPU they must fit the cache.
+            Inputs that require grad, unless gradients are off.
         ImportError: "flash" without flash-attn 2. RuntimeError: "triton" without Triton.
 
     Source: Miao et al., "SpecInfer", ASPLOS 2024, section 4.2 (tree-based parallel decoding); Dao et al.,
         "Flash-Decoding for long-context inference", 2023 (splits of the prefix).
     """
+    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
+        raise ValueError(
+            "q, k_cache and v_cache must not require grad: tree_attention is forward only (torch.no_grad()); "
+            "train with scaled_dot_product_attention"
+        )
     if implementation == "flash":
         load_flash_package()
     if tail is None:
