@@ -16,19 +16,22 @@ constexpr int kTokensPerThread = 8;
 
 // Tokens in shared memory, as bits by the lowest digits of the id: exact up to 131,072 tokens, beyond that a
 // hit is looked up in a list.
-constexpr int64_t kSetBits = 1 << 17;
+constexpr uint32_t kSetBits = 1 << 17;
 
 struct TokenSet {
   uint32_t words[kSetBits / 32];
 
   __device__ __forceinline__ void clear() {
-    for (int i = threadIdx.x; i < kSetBits / 32; i += kThreads) words[i] = 0;
+    for (uint32_t i = threadIdx.x; i < kSetBits / 32; i += kThreads) words[i] = 0;
   }
   __device__ __forceinline__ void insert(int64_t token) {
-    atomicOr(&words[token % kSetBits / 32], 1u << token % 32);
+    const uint32_t bit = static_cast<uint32_t>(token) % kSetBits;
+    atomicOr(&words[bit / 32], 1u << bit % 32);
   }
-  __device__ __forceinline__ bool may_hold(int64_t token) const {
-    return words[token % kSetBits / 32] >> (token % 32) & 1u;
+  // Those of the eight tokens from `first` on, a multiple of eight, in the lowest bits.
+  __device__ __forceinline__ uint32_t eight(int64_t first) const {
+    const uint32_t bit = static_cast<uint32_t>(first) % kSetBits;
+    return words[bit / 32] >> bit % 32 & 0xFFu;
   }
 };
 
@@ -149,6 +152,16 @@ struct Residual {
     return false;
   }
 
+  // The entry of a sparse q that speaks of `token`, or -1. Every warp looks for itself.
+  __device__ int64_t entry_of(int64_t token) const {
+    for (int64_t first = 0; first < q.W; first += 32) {
+      const int64_t j = first + threadIdx.x % 32;
+      const unsigned found = __ballot_sync(kAllLanes, j < q.W && q.ids[j] == token);
+      if (found) return first + __ffs(static_cast<int>(found)) - 1;
+    }
+    return -1;
+  }
+
   __device__ bool is_known(int64_t token) const {
     for (int64_t j = 0; j < q.W; ++j) {
       if (q.ids[j] == token) return true;
@@ -156,10 +169,15 @@ struct Residual {
     return false;
   }
 
-  // Whether the set of `shared` holds the token.
-  __device__ __forceinline__ bool in_set(int64_t token) const {
-    if (!q.data || !shared.set.may_hold(token)) return false;
-    return p.row.V <= kSetBits || (q.ids ? is_known(token) : is_removed(token));
+  // Which of the eight tokens from `first` on the set of `shared` holds.
+  __device__ __forceinline__ uint32_t members(int64_t first) const {
+    uint32_t found = q.data ? shared.set.eight(first) : 0;
+    if (p.row.V <= kSetBits) return found;
+    for (uint32_t left = found; left; left &= left - 1) {
+      const int t = __ffs(static_cast<int>(left)) - 1;
+      if (!(q.ids ? is_known(first + t) : is_removed(first + t))) found &= ~(1u << t);
+    }
+    return found;
   }
 
   // Before anything else is called at a node whose q is read.
@@ -187,10 +205,8 @@ struct Residual {
   __device__ float drawable(int64_t token) const {
     if (!q.data || !in_vocabulary(token) || is_removed(token)) return 0.0f;
     if (!q.ids) return q[token];
-    for (int64_t j = 0; j < q.W; ++j) {
-      if (q.ids[j] == token) return q[j];
-    }
-    return 0.0f;
+    const int64_t j = entry_of(token);
+    return j < 0 ? 0.0f : q[j];
   }
 
   // Over the slice; tokens that a sparse q knows are left out.
@@ -201,13 +217,14 @@ struct Residual {
       float x[kTokensPerThread], draft[kTokensPerThread] = {};
       load_eight(p.row, first, x);
       if (q.data && !q.ids) load_eight(q, first, draft);
+      const uint32_t members_of_set = members(first);
 #pragma unroll
       for (int t = 0; t < kTokensPerThread; t += 4) {
         float left[4], rest[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int64_t token = first + t + j;
-          const bool beyond = token >= p.row.V, member = !beyond && in_set(token);
+          const bool beyond = token >= p.row.V, member = members_of_set >> (t + j) & 1u;
           left[j] = beyond || (q.ids && member) ? 0.0f : left_of(p.weight(x[t + j], token), s, draft[t + j]);
           rest[j] = beyond || q.ids || member ? 0.0f : drawable_of(draft[t + j]);
         }
@@ -238,13 +255,14 @@ struct Residual {
       float x[kTokensPerThread], draft[kTokensPerThread] = {};
       load_eight(p.row, first, x);
       if (q.data && !q.ids) load_eight(q, first, draft);
+      const uint32_t members_of_set = members(first);
 #pragma unroll
       for (int t = 0; t < kTokensPerThread; t += 4) {
         float left[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int64_t token = first + t + j;
-          const bool out = token >= p.row.V || (q.ids && in_set(token));
+          const bool out = token >= p.row.V || (q.ids && members_of_set >> (t + j) & 1u);
           left[j] = out ? 0.0f : left_of(p.weight(x[t + j], token), s, draft[t + j]);
         }
         if (!(fmaxf(fmaxf(left[0], left[1]), fmaxf(left[2], left[3])) > reach)) continue;

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from emulated import ORDERS, build_op, needs_compiler, poison
+from emulated import FLAGS, ORDERS, build_op, needs_compiler, poison, run_sanitized
 from torch import Tensor
 from verify_tree_cases import FILTERED, SAMPLED, assert_same, random_tree
 from verify_tree_rejection_cases import WITH, draw_tree, op_arguments, to_sparse
@@ -30,7 +30,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return build_op("verify_tree_rejection", tmp_path_factory.mktemp("emulated"))
 
 
-@pytest.fixture(params=ORDERS, autouse=True)
+@pytest.fixture(params=ORDERS[1:], autouse=True)
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_EMULATOR_ORDER", request.param)
 
@@ -180,3 +180,13 @@ def test_token_sets_beyond_their_bits(emulated: ModuleType) -> None:
     for drafts in ((q, None), to_sparse(q, 4)):
         args = op_arguments(logits, *drafts, False, tokens, parents)
         assert_same(verify(emulated, 1, *args), verify_tree_rejection_ref(*args))
+
+
+@pytest.mark.skipif(bool(FLAGS), reason="this process has the sanitizers already")
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["reverse"], indirect=True)
+def test_no_read_or_write_out_of_bounds(order: None) -> None:
+    """Some of this file again under the address and undefined-behaviour sanitizers."""
+    some = "views or (leave_q and 2) or (dtypes and fp16 and filtered) or (distribution and 2)"
+    output = run_sanitized("tests/test_verify_tree_rejection_emulated.py", "-k", f"reverse and ({some})")
+    assert "12 passed" in output, output[-3000:]
