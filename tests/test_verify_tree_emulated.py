@@ -15,7 +15,7 @@ from torch import Tensor
 from verify_tree_cases import FILTERED, SAMPLED, arguments, assert_same, leaning, random_tree
 
 from specfuse.kernels import tuned
-from specfuse.kernels.philox_ref import uniform
+from specfuse.kernels.philox_ref import gumbel, uniform
 from specfuse.kernels.verify_tree_ref import verify_tree_ref
 from specfuse.ops.verify_tree import _native_call, _scratch
 
@@ -80,6 +80,8 @@ def test_every_type_and_rule(
     assert_same(verify(emulated, mode, *args), verify_tree_ref(*args))
 
 
+@pytest.mark.parametrize("mode", [MODES["walk"], MODES["walk-cluster2"], MODES["scan-split4"]],
+                         ids=["walk", "walk-cluster2", "scan-split4"])  # fmt: skip
 @pytest.mark.parametrize("V", [1, 7, 8, 9, 2100])
 def test_vocabularies_around_a_load(emulated: ModuleType, mode: Mode, V: int) -> None:
     turn = V + mode.cluster
@@ -144,6 +146,31 @@ def test_scores_that_float32_cannot_tell_apart(emulated: ModuleType, mode: Mode,
     """Large logits with small differences: every draw is repeated in double."""
     logits = 3e6 + torch.randint(0, 8, (6, 1, 300), generator=torch.Generator().manual_seed(3)) * 0.25
     args = arguments(logits, torch.zeros(6, 1).long(), -torch.ones(6, 1).int(), temperature=temperature)
+    assert_same(verify(emulated, mode, *args), verify_tree_ref(*args))
+
+
+def test_two_scores_a_rounding_error_apart(emulated: ModuleType) -> None:
+    """Logits that cancel the noise to 1e-7: float32 noise alone would pick the wrong token in many rows."""
+    B = 400
+    noise = gumbel(torch.arange(B).unsqueeze(1), torch.tensor(1), torch.tensor([[2, 5]]))
+    logits = torch.full((B, 1, 8), -math.inf)
+    logits[:, 0, 2] = 0.0
+    logits[:, 0, 5] = (noise[:, 0] - noise[:, 1]).float()
+    args = arguments(logits, torch.zeros(B, 1).long(), -torch.ones(B, 1).int(), temperature=1.0)
+    expected = verify_tree_ref(*args)
+    in_float32 = torch.where(
+        logits[:, 0, 2] + noise[:, 0].float() >= logits[:, 0, 5] + noise[:, 1].float(), 2, 5
+    )
+    assert (in_float32 != expected[2]).sum() > 20
+    assert_same(verify(emulated, MODES["walk"], *args), expected)
+
+
+@pytest.mark.parametrize("mode", [MODES["walk"], MODES["scan"]], ids=["walk", "scan"])
+def test_draws_beyond_the_first_iteration(emulated: ModuleType, mode: Mode) -> None:
+    """Ten iterations per thread: what an earlier one drew decides which noise later ones skip."""
+    logits = torch.randn(24, 1, 40001, generator=torch.Generator().manual_seed(8))
+    logits *= torch.tensor([0.0, 1.0, 3.0, 6.0]).repeat(6).view(24, 1, 1)
+    args = arguments(logits, torch.zeros(24, 1).long(), -torch.ones(24, 1).int(), temperature=1.0)
     assert_same(verify(emulated, mode, *args), verify_tree_ref(*args))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from verify_tree_cases import FILTERED, SAMPLED, arguments, assert_same, random_tree
 
 from specfuse.kernels import tuned
+from specfuse.kernels.philox_ref import gumbel
 from specfuse.ops import verify_tree
 from specfuse.tree import TokenTree
 
@@ -67,6 +68,17 @@ def test_filters_that_cut_through_ties() -> None:
         logits, torch.zeros(64, 1).long(), -torch.ones(64, 1).int(), temperature=0.9,
         top_k=[0, 1, 200, 32000] * 16, top_p=[1.0, 0.999, 0.7, 0.01] * 16, min_p=[0.0, 0.3] * 32,
     )  # fmt: skip
+    assert_same(op(*on_cuda(args)), op(*args))
+
+
+def test_two_scores_a_rounding_error_apart() -> None:
+    """Logits that cancel the noise to 1e-7: only the draw in double agrees with the CPU in every row."""
+    B = 4000
+    noise = gumbel(torch.arange(B).unsqueeze(1), torch.tensor(1), torch.tensor([[2, 5]]))
+    logits = torch.full((B, 1, 8), -math.inf)
+    logits[:, 0, 2] = 0.0
+    logits[:, 0, 5] = (noise[:, 0] - noise[:, 1]).float()
+    args = arguments(logits, torch.zeros(B, 1).long(), -torch.ones(B, 1).int(), temperature=1.0)
     assert_same(op(*on_cuda(args)), op(*args))
 
 

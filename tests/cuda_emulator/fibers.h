@@ -111,7 +111,7 @@ struct Cluster {
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<std::unique_ptr<char[]>>* stacks = nullptr;
   unsigned char exchange[2][1024][8];
   unsigned current = 0, rank = 0, ranks = 1;
   jmp_buf scheduler;
@@ -165,11 +165,11 @@ inline void resume(unsigned thread, bool fresh) {
   b.current = thread;
   threadIdx = dim3(thread, 0, 0);
   if (_setjmp(b.scheduler) == 0) {
-    start_switch(&b.scheduler_fake_stack, b.stacks[thread].get(), kStackBytes);
+    start_switch(&b.scheduler_fake_stack, (*b.stacks)[thread].get(), kStackBytes);
     if (!fresh) _longjmp(b.fibers[thread].resume, 1);
     ucontext_t& context = b.fibers[thread].start;
     getcontext(&context);
-    context.uc_stack.ss_sp = b.stacks[thread].get();
+    context.uc_stack.ss_sp = (*b.stacks)[thread].get();
     context.uc_stack.ss_size = kStackBytes;
     context.uc_link = nullptr;
     makecontext(&context, fiber_main, 0);
@@ -237,7 +237,7 @@ inline void run_warps(unsigned threads, std::vector<bool>& started) {
 inline bool run_block(unsigned threads) {
   Block& b = *current_block;
   b.fibers.assign(threads, Fiber{});
-  while (b.stacks.size() < threads) b.stacks.emplace_back(new char[kStackBytes]);
+  while (b.stacks->size() < threads) b.stacks->emplace_back(new char[kStackBytes]);
   std::vector<bool> started(threads, false);
   while (true) {
     run_warps(threads, started);
@@ -261,8 +261,10 @@ struct Launch {
 // What the thread of rank `rank` does: its block of every cluster in turn.
 inline void run_rank(const Launch& launch, const std::vector<unsigned>& clusters, unsigned rank,
                      std::vector<Cluster>& states, Order& order) {
+  static std::vector<std::unique_ptr<char[]>> stacks[16];  // kept: their pages cost more than most blocks
   Block b;
   current_block = &b;
+  b.stacks = &stacks[rank];
   b.rank = rank, b.ranks = launch.cluster, b.run = launch.run, b.arguments = launch.arguments;
   b.order = &order;
   gridDim = launch.grid;
@@ -286,7 +288,7 @@ inline void run_rank(const Launch& launch, const std::vector<unsigned>& clusters
 inline bool run_grid(const Launch& launch) {
   Order order;
   const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;
-  if (launch.grid.x % launch.cluster != 0 || launch.threads.x > 1024) return false;
+  if (launch.grid.x % launch.cluster != 0 || launch.threads.x > 1024 || launch.cluster > 16) return false;
   std::vector<unsigned> clusters(blocks / launch.cluster);
   std::iota(clusters.begin(), clusters.end(), 0u);
   order.arrange(clusters);
