@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from environment import cpu_name
 
 Calls = dict[str, Callable[[], object]]
 FLUSH_BYTES = 256 * 2**20  # larger than any L2 so far
@@ -104,25 +101,3 @@ def _cold_buffer() -> torch.Tensor:
     if not _buffers:
         _buffers.append(torch.ones(FLUSH_BYTES // 4, device="cuda"))
     return _buffers[0]
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(description=description)
-    arguments.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    arguments.add_argument("--rounds", type=int, default=50)
-    arguments.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    arguments.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    return arguments
-
-
-def report(cases: list[dict[str, object]], args: argparse.Namespace) -> None:
-    """Prints the cases as JSON or as a table, with the machine they were measured on."""
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
-    if args.json:
-        print(json.dumps({"machine": machine, "torch": torch.__version__, "cases": cases}))
-        return
-    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds")
-    for case in cases:
-        print(f"\n{case['case']}  {case.get('note', '')}")
-        for name, times in case["times"].items():  # type: ignore[attr-defined]
-            print(f"  {name:10} " + "  ".join(f"{key[:3]} {value:10.1f} us" for key, value in times.items()))
