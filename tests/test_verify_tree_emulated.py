@@ -138,6 +138,17 @@ def test_temperatures_out_of_range_emit_nothing(emulated: ModuleType, mode: Mode
     assert logprobs[[0, 2, 3], 0].isnan().all() and (path[:, 1:] == -1).all()
 
 
+@dtypes
+def test_greedy_ties_go_to_the_lowest_id(emulated: ModuleType, mode: Mode, dtype: torch.dtype) -> None:
+    """Ties within a load, across lanes, warps, loads and blocks."""
+    ties = [[1, 3], [5, 6, 7], [3, 4], [31, 33], [300, 900], [8, 4097], [2500, 4999], [0, 4999], [4998, 4999]]
+    logits = torch.full((len(ties), 1, 5000), -2.0, dtype=dtype)
+    for row, ids in enumerate(ties):
+        logits[row, 0, ids] = 1.5
+    args = arguments(logits, torch.zeros(len(ties), 1).long(), -torch.ones(len(ties), 1).int())
+    assert verify(emulated, mode, *args)[2].tolist() == [ids[0] for ids in ties]
+
+
 # ---------------------------------------------------------------- draws and filters that are close
 
 
