@@ -105,6 +105,7 @@ def test_only_length_says_where_a_path_ends(emulated: ModuleType) -> None:
     assert same([kv], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(FLAGS), reason="this process has the sanitizers already")
 @pytest.mark.parametrize("order", ["reverse"], indirect=True)
 def test_no_read_or_write_out_of_bounds() -> None:

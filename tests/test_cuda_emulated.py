@@ -140,6 +140,7 @@ def test_a_kernel_that_reads_past_a_tensor(control: ModuleType) -> None:
     launch(control, 5)
 
 
+@pytest.mark.slow
 def test_the_sanitizer_sees_a_read_past_a_tensor() -> None:
     output = run_sanitized("tests/test_cuda_emulated.py", "-k", "past_a_tensor or (cluster and reverse)")
     assert output.startswith(".") and "heap-buffer-overflow" in output and "overrun(int*, bool)" in output

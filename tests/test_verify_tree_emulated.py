@@ -274,6 +274,7 @@ def test_strategies_out_of_range_are_refused(emulated: ModuleType) -> None:
             verify(emulated, Mode(splits, cluster, "forward"), *args)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(FLAGS), reason="this process has the sanitizers already")
 def test_no_read_or_write_out_of_bounds() -> None:
     """Some of this file again under the address and undefined-behaviour sanitizers."""
