@@ -72,7 +72,9 @@ __global__ void __launch_bounds__(kThreads) compact_kv_kernel(const Table<kCapac
   const Entry& kv = table.entries[blockIdx.y];
   const int64_t b = blockIdx.x / table.blocks_per_row;
   const uint32_t lane = blockIdx.x % table.blocks_per_row * kThreads + threadIdx.x;
-  const int64_t start = p.start[b];
+  // Within these bounds nothing overflows, and beyond them nothing moves.
+  const int64_t given = p.start[b] < kv.Smax ? p.start[b] : kv.Smax;
+  const int64_t start = given > -p.K ? given : -p.K;
   const int64_t n = p.length[b] < p.K ? p.length[b] : p.K;
   char* column = kv.data + b * kv.stride_b + lane / kv.columns * kv.stride_g + start * kv.stride_s +
                  lane % kv.columns * sizeof(Vector);

@@ -2,6 +2,7 @@
 // us for 64 tensors on one core of an EPYC, where a loop in Python and the conversion of its tuples took 44.
 // What it needs of DLPack 1.x is declared here, whose layout is fixed within a major version, so that no
 // header of torch is needed.
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -81,7 +82,9 @@ bool describe(const dlpack::Tensor& t, int64_t B, const dlpack::Device& device, 
 // The KvTensor of each as bytes, or None where one of them is not plain: the caller says what is wrong with
 // it then, or reads it in Python.
 pybind11::object kv_table(const pybind11::list& tensors, int64_t B, int device_type, int device_id) {
-  static const Exchange exchange = find_exchange();
+  // Looking it up runs Python, which may pass the GIL to a thread that waits here: a plain static would lock.
+  static pybind11::gil_safe_call_once_and_store<Exchange> found;
+  const Exchange& exchange = found.call_once_and_store_result(find_exchange).get_stored();
   if (exchange.api == nullptr) return pybind11::none();
   std::string table(tensors.size() * sizeof(KvTensor), '\0');
   KvTensor entry;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import combinations
 
 import pytest
@@ -144,6 +146,8 @@ GOOD |= {"length": torch.tensor([3, 2], dtype=torch.int32), "start": torch.tenso
         ({"length": torch.tensor([3], dtype=torch.int32)}, r"length must be \[2\]"),
         ({"start": torch.tensor([2, -1])}, "start plus the last path node"),
         ({"start": torch.tensor([5, 3])}, "start plus the last path node"),
+        ({"start": torch.tensor([2**63 - 1, 3])}, "start plus the last path node"),
+        ({"start": torch.tensor([2, 2**63 - 1])}, "start plus the last path node"),
         ({"start": torch.tensor([2, 3, 4])}, r"start must be \[2\]"),
     ],
 )
@@ -270,6 +274,18 @@ def test_broadcast_memory_is_refused(dim: int) -> None:
         compact_kv([kv], path, torch.full((2,), 2, dtype=torch.int32), torch.ones(2, dtype=torch.int64))
 
 
+def test_a_cache_with_gradients_is_refused() -> None:
+    """Autograd would not notice that a tensor it keeps has changed."""
+    path, length = paths([[0, 2]], 2)
+    kv = [cache(1, 1, 6, 4), cache(1, 1, 6, 4).requires_grad_()]
+    with pytest.raises(ValueError, match=r"kv\[1\] must not require grad"):
+        compact_kv(kv, path, length, torch.tensor([0]))
+    expected = oracle([t.detach() for t in kv], path, length, torch.tensor([0]))
+    with torch.no_grad():
+        compact_kv(kv, path, length, torch.tensor([0]))
+    assert same(kv, expected)
+
+
 def test_start_must_be_an_integer_tensor() -> None:
     path = torch.tensor([[0, 2]], dtype=torch.int32)
     with pytest.raises(ValueError, match="start must be"):
@@ -327,6 +343,28 @@ def test_one_call_leaves_what_it_cannot_describe_to_python() -> None:
     assert native.cpu.kv_table([good, good], 2, 1, 0) is not None
     assert [native.cpu.kv_table([good, t], 2, 1, 0) for t in bad] == [None] * len(bad)
     assert native.cpu.kv_table([good], 2, 2, 0) is None  # asked for a GPU
+
+
+@pytest.mark.skipif(native.cpu is None, reason="the C++ module is not built")
+def test_first_calls_from_two_threads_do_not_wait_for_each_other() -> None:
+    """The first call imports torch, and an import may let another thread run."""
+    script = """
+import builtins, threading, time, torch
+from specfuse.ops import native
+
+def slow(*args, found=builtins.__import__):
+    time.sleep(0.05)
+    return found(*args)
+
+builtins.__import__ = slow
+kv = [torch.zeros(2, 3, 5, 4)]
+call = lambda: print("done" if native.cpu.kv_table(kv, 2, 1, 0) else "none", flush=True)
+for thread in [threading.Thread(target=call) for _ in range(3)]:
+    thread.start()
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["done"] * 3
 
 
 @pytest.mark.gpu

@@ -65,8 +65,15 @@ def _check_values(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Ten
             raise ValueError(f"path must increase strictly from node 0 along each row, got {nodes[:n]}")
         if n > 1 and kv and (first < 0 or first + nodes[n - 1] >= slots):
             raise ValueError(f"start plus the last path node must lie inside every kv tensor, got {first}")
-    if path.shape[0] > 1 and any(t.stride(0) == 0 for t in kv):
-        raise ValueError("kv must not share memory between batch rows")
+    for t in kv:
+        _check_memory(t)
+
+
+def _check_memory(t: Tensor) -> None:
+    if any(step == 0 and count > 1 for step, count in zip(t.stride(), t.shape, strict=True)):
+        raise ValueError(
+            f"kv must not share memory between slots, heads or rows, got strides {list(t.stride())}"
+        )
 
 
 _KV_TENSOR = struct.Struct("7q")  # KvTensor of csrc/compact_kv.h
@@ -83,10 +90,7 @@ def _table(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) ->
     _check(kv, path, length, start)
     for t in kv:
         shape, stride, size = t.shape, t.stride(), t.element_size()
-        if any(step == 0 and count > 1 for step, count in zip(stride, shape, strict=True)):
-            raise ValueError(
-                f"kv must not share memory between slots, heads or rows, got strides {list(stride)}"
-            )
+        _check_memory(t)
         # The stride of a dimension of one is of no use, and must not spoil the alignment.
         b, g, s = (step * size if count > 1 else 0 for step, count in zip(stride[:3], shape, strict=False))
         rows.append(_KV_TENSOR.pack(t.data_ptr(), b, g, s, shape[1], shape[2], shape[3] * size))
@@ -137,8 +141,13 @@ def compact_kv(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor
     Raises:
         ValueError: naming the argument, for a wrong shape, dtype or device; and, on the CPU, for a path that
             does not increase or leaves the cache (nothing is moved then). On a GPU such moves are left out
-            instead.
+            instead. A kv tensor that requires grad, unless gradients are off.
 
     Source: the cache update of tree decoding, Miao et al., "SpecInfer", ASPLOS 2024, section 4.
     """
-    _op(list(kv), path, length, start.to(torch.int64) if start.dtype == torch.int32 else start)
+    kv = list(kv)
+    if torch.is_grad_enabled():
+        for i, t in enumerate(kv):
+            if t.requires_grad:
+                raise ValueError(f"kv[{i}] must not require grad: it is changed in place (torch.no_grad())")
+    _op(kv, path, length, start.to(torch.int64) if start.dtype == torch.int32 else start)
