@@ -130,7 +130,12 @@ def test_empty_batch_and_scale_and_int32() -> None:
 
 
 BAD = {
-    "q": ({"q": torch.zeros(2, 4, 64)}, r"q must be \[B, H, N, D\] of a floating type, got \[2, 4, 64\]"),
+    "q": ({"q": torch.zeros(2, 4, 64)}, r"q must be \[B, H, N, D\] .* got \[2, 4, 64\]"),
+    "no tail to go by": ({"q": torch.zeros(64), "tail": None}, r"q must be \[B, H, N, D\] .* got \[64\]"),
+    "integers": ({"q": torch.zeros(2, 4, 3, 64).int()}, "q must be .* float16, bfloat16, .* got .*int32"),
+    "8 bits": ({"q": torch.zeros(2, 4, 3, 64).to(torch.float8_e4m3fn)}, "q must be .* got .*float8"),
+    "no D": ({"q": torch.zeros(2, 4, 3, 0)}, r"q must be .* with D >= 1, got \[2, 4, 3, 0\]"),
+    "flat cache": ({"k_cache": torch.zeros(64)}, r"k_cache must be \[B, G, Smax, D\], got \[64\]"),
     "65 nodes": ({"q": torch.zeros(2, 4, 65, 64), "tail": None}, "N = 65, tail = 65"),
     "heads": ({"q": torch.zeros(2, 5, 3, 64)}, "q has 5 heads, which must be a multiple of the 2 heads"),
     "k_cache": ({"k_cache": torch.zeros(2, 2, 9, 32)}, r"k_cache must be \[2, 2, 9, 64\]"),
@@ -157,10 +162,11 @@ def test_wrong_arguments_are_named(name: str) -> None:
         call(x | changes)
 
 
-def test_forward_only() -> None:
-    x = tree_case(TreeCase(3, [5]))
-    x["k_cache"].requires_grad_()
-    with pytest.raises(ValueError, match="must not require grad: tree_attention is forward only"):
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "k_tree", "v_tree"])
+def test_forward_only(name: str) -> None:
+    x = tree_case(TreeCase(3, [5], own=True))
+    x[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} must not require grad: tree_attention is forward only"):
         call(x)
     with torch.no_grad():
         assert not call(x).requires_grad

@@ -24,16 +24,14 @@ _op = torch.ops.specfuse.tree_attention.default
 MAX_NODES = 64
 IMPLEMENTATIONS = ("auto", "triton", "flash", "torch", "sdpa")
 _HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (*_HALF, torch.float32, torch.float64)
 
 
 def _check(x: TreeInputs, implementation: str) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
-    if x.q.dim() != 4 or not x.q.is_floating_point():
-        raise ValueError(f"q must be [B, H, N, D] of a floating type, got {_describe(x.q)}")
+    _check_rank(x.q, x.k_cache)
     B, H, N, D = x.q.shape
-    if x.k_cache.dim() != 4:
-        raise ValueError(f"k_cache must be [B, G, Smax, D], got {_describe(x.k_cache)}")
     G, slots = x.k_cache.shape[1:3]
     if not 1 <= N <= MAX_NODES or not 1 <= x.tail <= MAX_NODES:
         raise ValueError(
@@ -63,6 +61,14 @@ def _check(x: TreeInputs, implementation: str) -> None:
     ):
         if t is not None and ([*t.shape] != size or t.dtype != torch.int64 or t.device != x.q.device):
             raise ValueError(f"{name} must be {size} int64 on {x.q.device}, got {_describe(t)}")
+
+
+def _check_rank(q: Tensor, k_cache: Tensor) -> None:
+    if q.dim() != 4 or q.dtype not in _DTYPES or q.shape[3] == 0:
+        wanted = "[B, H, N, D] float16, bfloat16, float32 or float64 with D >= 1"
+        raise ValueError(f"q must be {wanted}, got {_describe(q)}")
+    if k_cache.dim() != 4:
+        raise ValueError(f"k_cache must be [B, G, Smax, D], got {_describe(k_cache)}")
 
 
 def _describe(t: Tensor) -> str:
@@ -188,11 +194,15 @@ def tree_attention(
     Source: Miao et al., "SpecInfer", ASPLOS 2024, section 4.2 (tree-based parallel decoding); Dao et al.,
         "Flash-Decoding for long-context inference", 2023 (splits of the prefix).
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
-        raise ValueError(
-            "q, k_cache and v_cache must not require grad: tree_attention is forward only (torch.no_grad()); "
-            "train with scaled_dot_product_attention"
-        )
+    _check_rank(q, k_cache)
+    if torch.is_grad_enabled():
+        inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k_tree": k_tree, "v_tree": v_tree}
+        for name, t in inputs.items():
+            if t is not None and t.requires_grad:
+                raise ValueError(
+                    f"{name} must not require grad: tree_attention is forward only (torch.no_grad()); train "
+                    "with scaled_dot_product_attention"
+                )
     if implementation == "flash":
         load_flash_package()
     if tail is None:
