@@ -140,11 +140,23 @@ class TreeCache(Cache):
         start = torch.tensor(root_slots, dtype=torch.int64, device=path.device)
         compact_kv(buffers, path, length, start)
 
-    def load(self, past: Cache) -> int:
-        """Copies another cache's rows to the front; returns how many slots that filled."""
+    def load(self, past: Cache, window: int | None = None) -> int:
+        """Copies another cache's rows to the front; returns how many slots that filled.
+
+        Layers with a window may hold the last ``window - 1`` slots alone; zeros stand for those before.
+        """
         filled = past.get_seq_length()
-        for layer, other in zip(self.layers, past.layers, strict=True):
-            layer.update(other.keys[:, :, :filled], other.values[:, :, :filled])
+        for index, (layer, other) in enumerate(zip(self.layers, past.layers, strict=True)):
+            held = min(filled, other.keys.shape[2])
+            if held < (filled if window is None else min(filled, window - 1)):
+                raise ValueError(
+                    f"past_key_values holds {held} of its {filled} tokens in layer {index}, which needs "
+                    f"{'all' if window is None else f'the last {window - 1}'} of them"
+                )
+            kept = [t[:, :, :held] for t in (other.keys, other.values)]
+            if held < filled:
+                kept = [torch.nn.functional.pad(t, (0, 0, filled - held, 0)) for t in kept]
+            layer.update(*kept)
         self.set_lengths([filled] * len(self.lengths))
         return filled
 

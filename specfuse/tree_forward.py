@@ -58,7 +58,9 @@ class TreeForward:
         self.valid: Tensor | None = None  # [B, P] bool, False at left padding; None: no padding anywhere
         self.pads = [0] * batch_size
         self.starts: Tensor | None = None  # [B] int64 first valid slot, where left padding is all there is
-        self._tail_positions: Tensor | None = None
+        # [B, 1] slot minus position id: what lies between them are padding and the caller's own position ids.
+        self._slot_offset = torch.zeros((batch_size, 1), dtype=torch.int64, device=self.device)
+        self._tail_slots: Tensor | None = None
 
     # ---------------------------------------------------------------- passes
 
@@ -86,8 +88,11 @@ class TreeForward:
         embeds: Tensor | None = inputs.get("inputs_embeds")
         length = (ids if embeds is None else embeds).shape[1]
         self._note_padding(prompt_mask)
-        filled = self.cache.load(past) if past is not None and past.get_seq_length() else 0
+        filled = (
+            self.cache.load(past, self.layout.window) if past is not None and past.get_seq_length() else 0
+        )
         positions = self._prompt_positions(inputs, length)
+        self._slot_offset = length - 1 - positions[:, -1:]
         drafted = 0 if tree is None else tree.width - 1
         call = {k: v for k, v in inputs.items() if k not in ("input_ids", "inputs_embeds", "position_ids")}
         call = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in call.items()}
@@ -195,7 +200,10 @@ class TreeForward:
         plain = self.valid is None and not filled and not self.layout.windowed
         if plain and self.layout.implementation in ("sdpa", TREE_ATTENTION):
             return PromptTreeMask.wrap(mask[:, None], length)
-        return self._finish_mask(mask[:, filled:], positions[:, filled:], positions)
+        # A window counts slots, as transformers does, whatever the position ids are.
+        slots = torch.arange(length, device=self.device).expand(batch, -1)
+        slots = torch.cat([slots, positions[:, length:] + self._slot_offset], dim=1)
+        return self._finish_mask(mask[:, filled:], slots[:, filled:], slots)
 
     def _step_mask(self, tail_mask: Tensor | None, positions: Tensor) -> Any:
         lengths, longest, pending = self.cache.lengths, self.cache.longest, self.cache.pending
@@ -206,9 +214,11 @@ class TreeForward:
         tree = self._tree_mask(tail_mask, pending + count)
         if tree is not None and not self.layout.windowed:
             return tree
-        tail = self._tail(tail_mask, positions, pending)
-        if tree is not None and int(positions.max()) < (self.layout.window or 0):
-            # Every position is within the window of every other: the layers differ in nothing yet.
+        node_slots = positions.to(self.device) + self._slot_offset
+        tail = self._tail(tail_mask, node_slots, pending)
+        pads = torch.tensor(self.pads, device=self.device)[:, None]
+        if tree is not None and int((node_slots - pads).max()) < (self.layout.window or 0):
+            # Every token is within the window of every other: the layers differ in nothing yet.
             return {"full_attention": tree, "sliding_attention": tree} if self.layout.mixed else tree
         if plain:
             prefix = torch.ones((len(lengths), count, longest), dtype=torch.bool, device=self.device)
@@ -221,8 +231,7 @@ class TreeForward:
             slots = starts + torch.arange(pending + count, device=self.device)
             mask = seen[:, None].repeat(1, count, 1)
             mask.scatter_(2, slots[:, None].expand(-1, count, -1), tail)
-        keys = self._key_positions(mask.shape[2], pending)
-        finished = self._finish_mask(mask, positions.to(self.device), keys)
+        finished = self._finish_mask(mask, node_slots, self._key_slots(mask.shape[2]))
         return finished | {"full_attention": tree} if tree is not None and self.layout.mixed else finished
 
     def _tree_mask(self, tail_mask: Tensor | None, slots: int) -> TreeMask | None:
@@ -234,33 +243,32 @@ class TreeForward:
         bits = pack_bits(alone if tail_mask is None else tail_mask)
         return TreeMask.wrap(bits.to(self.device), lengths, self.starts, slots, self.cache.longest)
 
-    def _tail(self, tail_mask: Tensor | None, positions: Tensor, pending: int) -> Tensor:
-        positions = positions.to(self.device)
-        if pending and self._tail_positions is not None:
-            self._tail_positions = torch.cat([self._tail_positions[:, :pending], positions], dim=1)
+    def _tail(self, tail_mask: Tensor | None, node_slots: Tensor, pending: int) -> Tensor:
+        if pending and self._tail_slots is not None:
+            self._tail_slots = torch.cat([self._tail_slots[:, :pending], node_slots], dim=1)
         else:
-            self._tail_positions = positions
+            self._tail_slots = node_slots
         if tail_mask is None:
-            return torch.ones((*positions.shape, 1), dtype=torch.bool, device=self.device)
+            return torch.ones((*node_slots.shape, 1), dtype=torch.bool, device=self.device)
         return tail_mask.to(self.device)
 
-    def _key_positions(self, keys: int, pending: int) -> Tensor | None:
+    def _key_slots(self, keys: int) -> Tensor | None:
+        """``[B, keys]`` slot that each key has once its path is accepted; the windows count these."""
         if not self.layout.windowed:
             return None
-        assert self._tail_positions is not None
-        key_positions = torch.arange(keys, device=self.device).repeat(len(self.pads), 1)
-        key_positions -= torch.tensor(self.pads, device=self.device)[:, None]
+        assert self._tail_slots is not None
         starts = torch.tensor(self.cache.lengths, device=self.device)[:, None]
-        slots = starts + torch.arange(self._tail_positions.shape[1], device=self.device)
-        return key_positions.scatter(1, slots, self._tail_positions)
+        written = starts + torch.arange(self._tail_slots.shape[1], device=self.device)
+        slots = torch.arange(keys, device=self.device).repeat(len(self.pads), 1)
+        return slots.scatter(1, written, self._tail_slots)
 
-    def _finish_mask(self, mask: Tensor, query_positions: Tensor, key_positions: Tensor | None) -> Any:
+    def _finish_mask(self, mask: Tensor, query_slots: Tensor, key_slots: Tensor | None) -> Any:
         """[B, q, k] bool -> what attention takes: 4-D, additive for eager, a dict where layers differ."""
         full = self._as_attention_mask(mask)
         if not self.layout.windowed:
             return full
-        assert key_positions is not None and self.layout.window is not None
-        distance = query_positions[:, :, None] - key_positions[:, None, :]
+        assert key_slots is not None and self.layout.window is not None
+        distance = query_slots[:, :, None] - key_slots[:, None, :]
         windowed = self._as_attention_mask(mask & (distance < self.layout.window))
         if self.layout.mixed:
             return {"full_attention": full, "sliding_attention": windowed}

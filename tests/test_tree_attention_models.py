@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from scripted_drafters import OracleDrafter, RandomTreeDrafter
@@ -146,6 +148,50 @@ def test_a_window_counts_from_where_it_hides_something(build, window, calls, mon
             assert torch.equal(got, expected)
             assert window < 64 or len(dense) <= prefills + 2
     assert calls and dense
+
+
+@pytest.mark.parametrize("implementation", ["specfuse_tree", "sdpa", "eager"])
+@pytest.mark.parametrize("build", [mistral, half_windowed])
+def test_a_window_counts_slots_not_position_ids(build, implementation):
+    """Masked tokens inside the prompt and positions of the caller's own, as transformers counts them."""
+    model = build(0)
+    inputs = random_prompts(model, 2)
+    inputs["attention_mask"][0, 6] = 0
+    inputs["attention_mask"][1, [2, 5]] = 0
+    shifted = 3 * torch.arange(inputs["input_ids"].shape[1]).expand(2, -1)
+    for options in ({}, {"position_ids": shifted}):
+        model.set_attn_implementation("sdpa")
+        expected = plain(model, inputs | options)
+        model.set_attn_implementation(implementation)
+        drafter = OracleDrafter(answers_of(expected, inputs), vocab=120)
+        for chosen in (None, drafter):
+            generator = specfuse.SpeculativeGenerator(model, chosen, max_nodes=16)
+            got = generator.generate(**inputs, **options, max_new_tokens=NEW_TOKENS, do_sample=False)
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("build", [mistral, half_windowed])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_cache_that_has_dropped_what_is_outside_the_window(build, batch):
+    """transformers' cache keeps window - 1 slots of a sliding layer; a conversation goes on from there."""
+    model = build(0)
+    first = plain(model, random_prompts(model, batch), return_dict_in_generate=True, eos_token_id=None)
+    inputs = {"input_ids": torch.cat([first.sequences, torch.full((batch, 2), 9)], dim=1)}
+    padding = random_prompts(model, batch)["attention_mask"]
+    inputs["attention_mask"] = torch.nn.functional.pad(padding, (0, NEW_TOKENS + 2), value=1)
+    past = first.past_key_values
+    assert past.layers[-1].keys.shape[2] < past.get_seq_length()
+    expected = plain(model, inputs, past_key_values=copy.deepcopy(past))
+    drafter = OracleDrafter(answers_of(expected, inputs), vocab=120)
+    for implementation in ("specfuse_tree", "sdpa"):
+        model.set_attn_implementation(implementation)
+        for chosen in (None, drafter):
+            generator = specfuse.SpeculativeGenerator(model, chosen, max_nodes=16)
+            options = {"past_key_values": copy.deepcopy(past), "max_new_tokens": NEW_TOKENS}
+            assert torch.equal(generator.generate(**inputs, **options, do_sample=False), expected)
+    past.layers[-1].keys = past.layers[-1].keys[:, :, 1:]
+    with pytest.raises(ValueError, match=r"past_key_values holds \d of its \d+ tokens in layer 1"):
+        generator.generate(**inputs, past_key_values=past, max_new_tokens=2, do_sample=False)
 
 
 def test_useless_drafts_and_a_draft_model_with_pending_nodes(calls):
