@@ -102,14 +102,14 @@ def _step(
     with_replacement: bool,
 ) -> tuple[int, float, int | None]:
     """At one node: the emitted token, its log-probability, and the index of the child that holds it."""
-    temperature, *filters = rule
+    temperature, top_k, top_p, min_p = rule
     if temperature == 0.0:
         token, logprob = emit(row, *rule, *noise)
     else:
         x = row.double()
         if q is None or x.isnan().any() or x.max().isinf():
             return -1, math.nan, None
-        logp = filter_logits(x / temperature, *filters).log_softmax(0)
+        logp = filter_logits(x / temperature, top_k, top_p, min_p).log_softmax(0)
         coins = uniform(*noise, torch.arange(len(drafts), device=x.device), COIN).tolist()
         chosen, left = accept_child(logp.exp(), q, drafts, coins, with_replacement)
         if chosen is not None:
