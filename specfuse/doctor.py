@@ -102,7 +102,8 @@ def gpus() -> list[dict[str, Any]]:
 
 def attention_backends() -> dict[str, str]:
     """Per backend "ok" or why it can not be used. Each is called or really imported."""
-    tests = {"eager": _eager, "sdpa": _sdpa, "flex_attention": _flex, "flash_attention_2": _flash}
+    tests = {"specfuse_tree": _tree, "sdpa": _sdpa, "eager": _eager}
+    tests |= {"flex_attention": _flex, "flash_attention_2": _flash}
     found = {name: _outcome(test) for name, test in tests.items()}
     # There, but without a tree mask: generation refuses them.
     for name in ("flex_attention", "flash_attention_2"):
@@ -181,6 +182,14 @@ def _queries() -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     return torch.randn(1, 2, 4, 16, device=device, dtype=dtype)
+
+
+def _tree() -> None:
+    attention = importlib.import_module("specfuse.attention")
+    registered = importlib.import_module("transformers").AttentionInterface()[attention.NAME]
+    q = _queries()
+    bits, lengths = q.new_ones((1, 2)).long(), q.new_zeros(1).long()
+    registered(None, q[:, :, :2], q, q, attention.TreeMask.wrap(bits, lengths, None, tail=2, longest=0))
 
 
 def _eager() -> None:

@@ -27,7 +27,8 @@ def test_json_is_alone_on_stdout_and_complete() -> None:
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["ok"] and report["errors"] == []
     assert {"torch", "torchvision", "triton", "transformers", "python", "specfuse"} <= set(report["versions"])
-    assert report["attention"]["sdpa"] == report["attention"]["eager"] == "ok"
+    for name in ("specfuse_tree", "sdpa", "eager"):
+        assert report["attention"][name] == "ok"
     for op in ("verify_tree", "compact_kv"):
         assert report["self_test"][op] == "ok"
         assert set(report["implementations"][op]) == {"cpu", "cuda"}
@@ -58,6 +59,15 @@ def test_flash_attn_4_alone_is_not_taken_for_flash_attn_2(tmp_path: Path) -> Non
     (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
     report = json.loads(run_doctor("--json", path=tmp_path).stdout)
     assert report["attention"]["flash_attention_2"].startswith("not installed")
+
+
+def test_tree_attention_that_fails_is_told_in_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise RuntimeError("Failed to find C compiler\nlong trace")
+
+    assert doctor.attention_backends()["specfuse_tree"] == "ok"
+    monkeypatch.setattr("specfuse.attention.tree_attention", broken)
+    assert doctor.attention_backends()["specfuse_tree"] == "RuntimeError: Failed to find C compiler"
 
 
 def test_failing_op_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
