@@ -42,10 +42,11 @@ class TreeInputs(NamedTuple):
         return (self.ancestors[:, :, None] >> torch.arange(self.tail, device=self.q.device) & 1).bool()
 
     def packed_query(self) -> Tensor:
-        """``[B, G, H/G * N, D]``."""
+        """``[B, G, H/G * N, D]``, D contiguous: flash attention reads it so, whatever the strides say."""
         B, H, N, D = self.q.shape
         G = self.k_cache.shape[1]
-        return self.q.reshape(B, G, H // G * N, D)
+        rows = self.q.reshape(B, G, H // G * N, D)
+        return rows if rows.stride(3) == 1 else rows.contiguous()
 
     def bounds(self) -> tuple[list[int], list[int]]:
         """First and end slot of every row's prefix, on the host: waits for a GPU."""
