@@ -95,12 +95,13 @@ def adapter_cosine_triton(
         arrivals[:tiles_m], M, D, R, h.stride(0), x.stride(0), target.stride(0), groups, threshold, eps,
         RESIDUAL=not linear, WRITE=return_aligned, LAST_BLOCK=not linear,
         BLOCK_M=c["UP_M"], BLOCK_N=c["UP_N"], BLOCK_K=c["UP_K"],
-        num_warps=c["UP_WARPS"], num_stages=c["UP_STAGES"],
+        num_warps=c["UP_WARPS"], num_stages=c["UP_STAGES"], enable_fp_fusion=True,
     )  # fmt: skip
     if linear:
         score_kernel[(triton.cdiv(M, SCORE_ROWS),)](
-            partial, score, accept.view(torch.uint8), M, groups, threshold, eps, BLOCK_M=SCORE_ROWS
-        )
+            partial, score, accept.view(torch.uint8), M, groups, threshold, eps,
+            BLOCK_M=SCORE_ROWS, enable_fp_fusion=True,
+        )  # fmt: skip
     return score, accept, aligned
 
 
@@ -116,7 +117,7 @@ def _hidden(x: Tensor, weights: Sequence[Tensor], arrivals: Tensor, c: Mapping[s
         x, weights[0], weights[1], z, arrivals, M, D, R, x.stride(0), arrivals.numel(),
         SPLITS=splits, GELU=mlp and splits == 1,
         BLOCK_M=c["DOWN_M"], BLOCK_N=c["DOWN_N"], BLOCK_K=c["DOWN_K"],
-        num_warps=c["DOWN_WARPS"], num_stages=c["DOWN_STAGES"],
+        num_warps=c["DOWN_WARPS"], num_stages=c["DOWN_STAGES"], enable_fp_fusion=True,
     )  # fmt: skip
     if mlp and splits == 1:
         return z[0]
@@ -126,13 +127,14 @@ def _hidden(x: Tensor, weights: Sequence[Tensor], arrivals: Tensor, c: Mapping[s
         activate_kernel[(tiles_m * triton.cdiv(R, c["MID_K"]),)](
             z, weights[1], h, M, R,
             SPLITS=splits, BLOCK_M=c["MID_M"], BLOCK_K=c["MID_K"], num_warps=c["MID_WARPS"],
+            enable_fp_fusion=True,
         )  # fmt: skip
         return h
     middle_kernel[(tiles_m * triton.cdiv(R, c["MID_N"]),)](
         z, *weights[1:8], torch.empty((M, R), dtype=scratch, device=x.device), h, arrivals[-tiles_m:],
         M, R, LAYER_NORM_EPS,
         SPLITS=splits, BLOCK_M=c["MID_M"], BLOCK_N=c["MID_N"], BLOCK_K=c["MID_K"],
-        num_warps=c["MID_WARPS"], num_stages=c["MID_STAGES"],
+        num_warps=c["MID_WARPS"], num_stages=c["MID_STAGES"], enable_fp_fusion=True,
     )  # fmt: skip
     return h
 

@@ -238,6 +238,8 @@ def lm_head_verify(
     if B == 0:
         return path, length, next_token, logprobs
     config = _config(hidden, weight)
+    # Left to itself, Triton 3.10 no longer fuses multiplications with additions.
+    fused = {"enable_fp_fusion": True}
     options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
     tiles = triton.cdiv(V, config["BLOCK_V"])
     tile_floats, tile_tokens = (
@@ -249,10 +251,12 @@ def lm_head_verify(
         lm_head_verify_kernel[(triton.cdiv(rows, config["BLOCK_M"]), tiles)](
             hidden, weight, weight if bias is None else bias, parents, temperature, seed, positions,
             tile_floats, tile_tokens, *hidden.stride(), *weight.stride(), N, rows, V, D, tiles,
-            HAS_BIAS=bias is not None, **config, **options,
+            HAS_BIAS=bias is not None, **config, **options, **fused,
         )  # fmt: skip
         block = triton.next_power_of_2(tiles)
-        merge_kernel[(rows,)](tile_floats, tile_tokens, temperature, choice, logprob, N, tiles, block)
+        merge_kernel[(rows,)](
+            tile_floats, tile_tokens, temperature, choice, logprob, N, tiles, block, **fused
+        )
     walk_kernel[(B,)](choice, logprob, tokens, parents, num_nodes, path, length, next_token, logprobs, N,
-                      triton.next_power_of_2(max(N, 1)))  # fmt: skip
+                      triton.next_power_of_2(max(N, 1)), **fused)  # fmt: skip
     return path, length, next_token, logprobs

@@ -290,6 +290,7 @@ def tree_attention(
         PARTIAL=partial,
         num_warps=config["num_warps"],
         num_stages=_stages(config["num_stages"], device, block_m, block_s, block_d, q.element_size()),
+        enable_fp_fusion=True,
     )
     if partial:
         tree_attention_merge_kernel[(B * H * N,)](
@@ -298,6 +299,7 @@ def tree_attention(
             BLOCK_K=1 << (splits - 1).bit_length(),
             BLOCK_D=block_d,
             num_warps=2,
+            enable_fp_fusion=True,
         )
     return out
 

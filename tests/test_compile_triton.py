@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import os
@@ -15,7 +16,8 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
 )
-GATE = Path(__file__).resolve().parents[1] / ".ci" / "compile_triton.py"
+REPOSITORY = Path(__file__).resolve().parents[1]
+GATE = REPOSITORY / ".ci" / "compile_triton.py"
 
 KERNEL = """
 import triton
@@ -96,3 +98,17 @@ def test_a_bad_case_and_no_case_at_all_fail_the_report(
     (tmp_path / "triton_cases_empty.py").write_text("CASES = []\n")
     with pytest.raises(SystemExit, match="has no cases"):
         gate.load_cases(tmp_path)
+
+
+def test_every_launch_asks_for_fused_multiplication_and_addition() -> None:
+    """What the builds are compiled with; triton 3.10 does without unless a launch says so."""
+    launches = []
+    for path in sorted((REPOSITORY / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            kernel = getattr(getattr(getattr(node, "func", None), "value", None), "id", "")
+            if isinstance(node, ast.Call) and kernel.endswith("_kernel"):
+                launches.append((f"{path.name}:{node.lineno}", ast.unparse(node)))
+    assert len(launches) >= 10
+    assert [
+        at for at, text in launches if "enable_fp_fusion=True" not in text and "**fused" not in text
+    ] == []
