@@ -62,7 +62,9 @@ def to_camera(eye: Pose, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.n
     return dx * cos - dz * sin, dx * sin + dz * cos
 
 
-def thing_in_camera(scene: Scene, thing: Thing, eye: Pose, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thing_in_camera(
+    scene: Scene, thing: Thing, eye: Pose, times: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Camera (x, z) of a thing's foot at T times, each ``[T]``."""
     s = thing.s + thing.speed * times
     lateral = thing.lateral + thing.drift * times

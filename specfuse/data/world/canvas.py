@@ -82,7 +82,9 @@ class Canvas:
         x1, y1 = (min(int(np.ceil(v)) + 1, self.size) for v in hi)
         return (x0, x1, y0, y1) if x0 < x1 and y0 < y1 else None
 
-    def _paint(self, box: tuple[int, int, int, int], cover: np.ndarray, colour: np.ndarray, thing: int) -> None:
+    def _paint(
+        self, box: tuple[int, int, int, int], cover: np.ndarray, colour: np.ndarray, thing: int
+    ) -> None:
         x0, x1, y0, y1 = box
         if self.rgb is not None:
             part = self.rgb[:, y0:y1, x0:x1]

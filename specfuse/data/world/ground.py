@@ -76,7 +76,9 @@ def _ground(scene: Scene, eye: Pose, air: Air, u: np.ndarray, v: np.ndarray, siz
     return colour
 
 
-def _verge(scene: Scene, s: np.ndarray, lateral: np.ndarray, across: np.ndarray, along: np.ndarray) -> np.ndarray:
+def _verge(
+    scene: Scene, s: np.ndarray, lateral: np.ndarray, across: np.ndarray, along: np.ndarray
+) -> np.ndarray:
     base = np.asarray(SNOW if scene.weather == "snow" else BESIDE[scene.road], np.float32)
     wave = np.sin(s * np.float32(2 * np.pi / BAND)) * (0.13 * np.exp(-((along / 2.5) ** 2)))
     colour = base * (1 + wave[..., None])
@@ -99,7 +101,9 @@ def _road(
     if scene.road == "junction":
         open_road = 1 - _strip(s, scene.junction, STREET_HALF, along)
         _lay(colour, 1 - open_road, ASPHALT)
-        zebra = _strip(s, scene.junction - STREET_HALF - 1.4, 0.9, along) * _strip(lateral, 0, ROAD_HALF, across)
+        zebra = _strip(s, scene.junction - STREET_HALF - 1.4, 0.9, along) * _strip(
+            lateral, 0, ROAD_HALF, across
+        )
         _lay(colour, zebra * _dashes(lateral, 1.5, across), PAINT)
         open_road = open_road * _strip(s, scene.junction - STREET_HALF - 52.3, 50, along)
     _lay(colour, _strip(np.abs(lateral), ROAD_HALF - 0.3, 0.13, across) * open_road, PAINT)

@@ -24,7 +24,7 @@ PACE_ODDS = {
     "city": {"standing": 0.40, "slow": 0.35, "fast": 0.25},
     "highway": {"slow": 0.25, "fast": 0.75},
 }
-SIGNAL_ODDS = {"country": 0.10, "curve": 0.0, "junction": 0.85, "city": 0.60, "highway": 0.0}
+SIGNAL_ODDS = {"country": 0.25, "curve": 0.0, "junction": 0.95, "city": 0.8, "highway": 0.0}
 SIGN_ODDS = {"country": 0.5, "curve": 0.5, "junction": 0.45, "city": 0.5, "highway": 0.4}
 CURVE_RADIUS = 24.0
 TURN_RATE = 0.30  # rad/s, at a junction
@@ -71,7 +71,12 @@ def sample_scene(clip: int, world_seed: int = WORLD_SEED) -> Scene:
         trucks=_cast(place, road, light, "truck", 3),
         people=_cast(place, road, light, "pedestrian", 12),
         cyclists=_cast(place, road, light, "cyclist", 4),
-        counts=(int(place.choice([0, 1, 2, 3, 4, 5, 6], p=[0.1, 0.15, 0.2, 0.2, 0.15, 0.1, 0.1])), int(place.uniform() < 0.45), int(place.integers(0, 5)), int(place.uniform() < 0.6)),
+        counts=(
+            int(place.choice([0, 1, 2, 3, 4, 5, 6], p=[0.1, 0.15, 0.2, 0.2, 0.15, 0.1, 0.1])),
+            int(place.uniform() < 0.45),
+            int(place.integers(0, 5)),
+            int(place.uniform() < 0.6),
+        ),
         look=int(place.integers(2**31)),
     )
     step = clip - int(drives(world_seed).first[drive])
@@ -127,13 +132,17 @@ def _actor(rng: np.random.Generator, road: str, light: str, kind: str) -> Actor:
     if kind == "pedestrian":
         if rng.uniform() < 0.35:
             drift = float(rng.choice([-1.2, 1.2]))
-            return Actor(kind, "crossing", rng.uniform(5.5, 9), rng.uniform(-2.4, 2.4), drift=drift, shade=shade)
+            return Actor(
+                kind, "crossing", rng.uniform(5.5, 9), rng.uniform(-2.4, 2.4), drift=drift, shade=shade
+            )
         side = float(rng.choice([-1, 1]))
         pose = str(rng.choice(["walking", "standing"]))
         pace = float(rng.choice([-0.7, 0.7])) if pose == "walking" else 0.0
         return Actor(kind, pose, rng.uniform(7.5, 11), side * rng.uniform(4.2, 5.2), pace=pace, shade=shade)
     if kind == "cyclist":
-        return Actor(kind, "ahead", rng.uniform(6.5, 10), rng.uniform(2.2, 4.2) * rng.choice([-1, 1]), pace=0.3)
+        return Actor(
+            kind, "ahead", rng.uniform(6.5, 10), rng.uniform(2.2, 4.2) * rng.choice([-1, 1]), pace=0.3
+        )
     colour = str(rng.choice([c for c in COLOURS if c != "black" or light != "night"]))
     depth = rng.uniform(6, 14) if kind == "car" else rng.uniform(8, 14)
     if road == "junction" and kind == "car" and rng.uniform() < 0.25:
@@ -161,14 +170,20 @@ def _traffic(rng: np.random.Generator, scene: Scene, base: _Drive) -> list[Thing
         for actor in getattr(base, name):
             if left == 0 or rng.uniform() < 0.1:
                 continue
-            moved = replace(actor, depth=actor.depth + rng.normal(0, 0.5), lateral=actor.lateral + rng.normal(0, 0.1))
+            moved = replace(
+                actor, depth=actor.depth + rng.normal(0, 0.5), lateral=actor.lateral + rng.normal(0, 0.1)
+            )
             if moved.pose == "crossing" and moved.kind == "pedestrian" and scene.ego.pace == "fast":
                 continue
             if all(_apart(moved, other) for other in placed):
                 placed.append(moved)
                 left -= 1
     hidden = [_behind(rng, scene, actor) for actor in placed if actor.kind in ("car", "truck")]
-    far = [Actor("car", "ahead", 95.0, float(rng.choice([-1, 0])) * LANE_WIDTH, "red")] if rng.uniform() < 0.25 else []
+    far = (
+        [Actor("car", "ahead", 95.0, float(rng.choice([-1, 0])) * LANE_WIDTH, "red")]
+        if rng.uniform() < 0.25
+        else []
+    )
     return [_thing(scene, actor) for actor in [*placed, *(h for h in hidden if h), *far]]
 
 
@@ -193,8 +208,15 @@ def _behind(rng: np.random.Generator, scene: Scene, front: Actor) -> Actor | Non
     kind = "car" if front.kind == "truck" else "pedestrian"
     if kind == "pedestrian" and front.kind == "car":
         further = 1.9  # a person is taller than a car: only far behind it is the whole person covered
-    return replace(front, kind=kind, depth=front.depth * further, lateral=front.lateral * further, drift=front.drift * further,
-                   colour="blue" if kind == "car" else "", shade=1)
+    return replace(
+        front,
+        kind=kind,
+        depth=front.depth * further,
+        lateral=front.lateral * further,
+        drift=front.drift * further,
+        colour="blue" if kind == "car" else "",
+        shade=1,
+    )
 
 
 def _thing(scene: Scene, actor: Actor) -> Thing:
@@ -203,18 +225,28 @@ def _thing(scene: Scene, actor: Actor) -> Thing:
     # Where the ego car will be in the middle of the clip, for what does not travel with it.
     start = actor.depth - speed * _HALF + (0.0 if with_ego else scene.ego.speed * _HALF)
     lateral = actor.lateral - actor.drift * _HALF
-    return Thing(actor.kind, start, lateral, actor.pose, actor.colour, speed, actor.drift, with_ego, shade=actor.shade)
+    return Thing(
+        actor.kind, start, lateral, actor.pose, actor.colour, speed, actor.drift, with_ego, shade=actor.shade
+    )
 
 
-def _roadside(rng: np.random.Generator, scene: Scene, base: _Drive, place: np.random.Generator) -> list[Thing]:
+def _roadside(
+    rng: np.random.Generator, scene: Scene, base: _Drive, place: np.random.Generator
+) -> list[Thing]:
     things = []
     ahead = scene.ego.speed * _HALF
     if base.signal:
-        odds = {"red": 0.75, "yellow": 0.25} if scene.ego.pace == "standing" else {"green": 0.62, "yellow": 0.2, "red": 0.18}
+        odds = (
+            {"red": 0.75, "yellow": 0.25}
+            if scene.ego.pace == "standing"
+            else {"green": 0.62, "yellow": 0.2, "red": 0.18}
+        )
         side = 1 if place.uniform() < 0.6 else -1
-        things.append(Thing("signal", place.uniform(9, 11) + ahead, side * 5.0, colour=draw(rng, odds)))
+        things.append(Thing("signal", place.uniform(10.5, 12.5) + ahead, side * 4.7, colour=draw(rng, odds)))
     if place.uniform() < SIGN_ODDS[scene.road]:
-        pose = str(place.choice(["limit", "crossing"] if scene.road == "highway" else ["stop", "limit", "crossing"]))
+        pose = str(
+            place.choice(["limit", "crossing"] if scene.road == "highway" else ["stop", "limit", "crossing"])
+        )
         side = -1 if things and things[0].lateral > 0 else 1
-        things.append(Thing("sign", place.uniform(8.5, 10.5) + ahead, side * 5.2, pose))
+        things.append(Thing("sign", place.uniform(10.0, 11.5) + ahead, side * 4.8, pose))
     return things

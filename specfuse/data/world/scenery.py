@@ -32,7 +32,13 @@ def _row(rng: np.random.Generator, scene: Scene, side: int, offset: float) -> li
     count = int((REACH + 40) / PLOT)
     height, shade, skip = rng.uniform(5.5, 10, count), rng.integers(4, size=count), rng.uniform(size=count)
     return [
-        Thing("building", offset % PLOT + (k - 3) * PLOT, side * 8.6, height=float(height[k]), shade=int(shade[k]))
+        Thing(
+            "building",
+            offset % PLOT + (k - 3) * PLOT,
+            side * 8.6,
+            height=float(height[k]),
+            shade=int(shade[k]),
+        )
         for k in range(count)
         if k % dense == 0 or skip[k] < 0.4
     ]

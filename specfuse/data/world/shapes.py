@@ -55,7 +55,9 @@ class Sheet(NamedTuple):
     glows: np.ndarray  # [P, 1, 1] bool
 
 
-def paint(canvas: Canvas, thing: Thing, index: int, eye: Pose, air: Air, place: tuple, times: np.ndarray) -> None:
+def paint(
+    canvas: Canvas, thing: Thing, index: int, eye: Pose, air: Air, place: tuple, times: np.ndarray
+) -> None:
     """Paints one thing whose foot is at camera coordinates ``place`` (x, z), each ``[T]``."""
     x, z = place
     dark = air.things[0] < 0.7

@@ -1,0 +1,130 @@
+"""EventStream: what an event camera records, and cutting pieces out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class EventStream:
+    """E events in order of time.
+
+    Columns are converted to the types below where no value changes; anything else is refused.
+
+    Args:
+        x: ``[E]`` uint16, column, below ``width``.
+        y: ``[E]`` uint16, row, below ``height``.
+        t: ``[E]`` int64, microseconds, never decreasing.
+        p: ``[E]`` uint8, 1 for brighter (ON), 0 for darker (OFF).
+        width: of the sensor, pixels.
+        height: of the sensor, pixels.
+
+    Raises:
+        ValueError: names the first event that is wrong, and how.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    t: np.ndarray
+    p: np.ndarray
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        for side in ("width", "height"):
+            value = getattr(self, side)
+            if not 1 <= value <= 65536:
+                raise ValueError(f"{side} must be 1 to 65536 pixels, got {value}")
+        for name, kind in (("x", np.uint16), ("y", np.uint16), ("t", np.int64), ("p", np.uint8)):
+            object.__setattr__(self, name, _column(name, getattr(self, name), kind, len(self.t)))
+        _inside("x", self.x, self.width, "width")
+        _inside("y", self.y, self.height, "height")
+        if (wrong := self.p > 1).any():
+            i = int(np.argmax(wrong))
+            raise ValueError(f"p[{i}] is {self.p[i]}: polarity must be 0 or 1")
+        if (back := self.t[1:] < self.t[:-1]).any():
+            i = int(np.argmax(back)) + 1
+            raise ValueError(
+                f"t[{i}] = {self.t[i]} comes after t[{i - 1}] = {self.t[i - 1]}: time must not go back"
+            )
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    @property
+    def duration_us(self) -> int:
+        """Microseconds from the first to the last event; 0 if there are none."""
+        return int(self.t[-1] - self.t[0]) if len(self) else 0
+
+    def between(self, start_us: int, stop_us: int) -> EventStream:
+        """Events with ``start_us <= t < stop_us``; shares memory with this stream.
+
+        Raises:
+            ValueError: ``stop_us`` before ``start_us``.
+        """
+        if stop_us < start_us:
+            raise ValueError(f"stop_us must not be before start_us, got {start_us} and {stop_us}")
+        first, last = np.searchsorted(self.t, [start_us, stop_us], side="left")
+        return self._part(int(first), int(last))
+
+    def by_index(self, start: int, stop: int) -> EventStream:
+        """Events number ``start`` to ``stop - 1``; shares memory with this stream.
+
+        Raises:
+            ValueError: not ``0 <= start <= stop <= len(self)``.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(
+                f"start and stop must be 0 <= start <= stop <= {len(self)}, got {start} and {stop}"
+            )
+        return self._part(start, stop)
+
+    def split(self, parts: int) -> list[EventStream]:
+        """``parts`` pieces of ``len(self) // parts`` events each; the last one takes the rest as well.
+
+        Raises:
+            ValueError: ``parts`` below 1.
+        """
+        if parts < 1:
+            raise ValueError(f"parts must be at least 1, got {parts}")
+        each = len(self) // parts
+        edges = [each * i for i in range(parts)] + [len(self)]
+        return [self._part(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+    def _part(self, first: int, last: int) -> EventStream:
+        # A piece of a valid stream is valid: nothing is checked again, which makes slicing free.
+        piece = object.__new__(EventStream)
+        for name in ("x", "y", "t", "p"):
+            object.__setattr__(piece, name, getattr(self, name)[first:last])
+        object.__setattr__(piece, "width", self.width)
+        object.__setattr__(piece, "height", self.height)
+        return piece
+
+
+def _column(name: str, values: np.ndarray, kind: type, length: int) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != 1 or len(values) != length:
+        raise ValueError(
+            f"{name} must be one-dimensional and as long as t ({length}), got shape {values.shape}"
+        )
+    if values.dtype == kind:
+        return values
+    if values.dtype.kind not in "iubf":
+        raise ValueError(f"{name} must hold numbers, got {values.dtype}")
+    info = np.iinfo(kind)
+    # NaN and infinity compare false with everything.
+    wrong = ~((values >= info.min) & (values <= info.max) & (values == np.floor(values)))
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ValueError(
+            f"{name}[{i}] is {values[i]}: must be a whole number that fits {np.dtype(kind).name}"
+        )
+    return values.astype(kind)
+
+
+def _inside(name: str, values: np.ndarray, limit: int, side: str) -> None:
+    if len(values) and int(values.max()) >= limit:
+        i = int(np.argmax(values >= limit))
+        raise ValueError(f"{name}[{i}] is {values[i]}, outside the sensor: {side} is {limit}")
