@@ -15,8 +15,8 @@ def render_eventgpt(
 ) -> list[np.ndarray]:
     """EventGPT's pictures: red and blue dots on white, one picture per equal share of the events.
 
-    The stream is cut into ``num_images`` pieces of ``len(stream) // num_images`` events; the last takes the rest.
-    Where a pixel has several events, the last one decides.
+    The stream is cut into ``num_images`` pieces of ``len(stream) // num_images`` events; the last takes the
+    rest. Where a pixel has several events, the last one decides.
 
     Equivalent to, for every piece::
 

@@ -1,8 +1,8 @@
 """An event camera in numbers: brightness pictures in, events out.
 
-Every pixel remembers the logarithm of the brightness at its last event. When the logarithm has moved by the pixel's
-own threshold, the pixel fires and moves its memory by as much. Between two pictures the logarithm is taken as a
-straight line, so that each event has the time at which the line crosses its level.
+Every pixel remembers the logarithm of the brightness at its last event. When the logarithm has moved by the
+pixel's own threshold, the pixel fires and moves its memory by as much. Between two pictures the logarithm is
+taken as a straight line, so that each event has the time at which the line crosses its level.
 
 Source: Hu, Liu, Delbruck 2021, "v2e: From video frames to realistic DVS events"; crossing times as in ESIM
 (Rebecq, Gehrig, Scaramuzza 2018).
@@ -40,8 +40,8 @@ class Sensor:
     threshold_off: float = 0.2
     mismatch: float = 0.02
     refractory_us: int = 1000
-    leak_hz: float = 0.1
-    shot_hz: float = 0.5
+    leak_hz: float = 0.05
+    shot_hz: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("threshold_on", "threshold_off"):
@@ -80,8 +80,8 @@ def simulate(
         Events in order of time, all in ``[times_us[0], times_us[-1])``.
 
     Raises:
-        ValueError: fewer than two pictures, shapes that do not match, times that do not rise, brightness outside
-            0 to 255 or not a number.
+        ValueError: fewer than two pictures, shapes that do not match, times that do not rise, brightness
+            outside 0 to 255 or not a number.
     """
     brightness, times_us = np.asarray(brightness), np.asarray(times_us, np.float64)
     _check(brightness, times_us)
@@ -158,7 +158,7 @@ def _shot_noise(
 
 
 def _rested(pixel: np.ndarray, t: np.ndarray, p: np.ndarray, refractory_us: int) -> Columns:
-    """Leaves out events that come less than ``refractory_us`` after the last one of their pixel that was kept."""
+    """Leaves out events less than ``refractory_us`` after the last one of their pixel that was kept."""
     order = np.lexsort((t, pixel))
     pixel, t, p = pixel[order], t[order], p[order]
     if refractory_us == 0 or not len(t):

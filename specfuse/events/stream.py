@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -91,7 +92,7 @@ class EventStream:
             raise ValueError(f"parts must be at least 1, got {parts}")
         each = len(self) // parts
         edges = [each * i for i in range(parts)] + [len(self)]
-        return [self._part(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return [self._part(a, b) for a, b in pairwise(edges)]
 
     def _part(self, first: int, last: int) -> EventStream:
         # A piece of a valid stream is valid: nothing is checked again, which makes slicing free.

@@ -1,6 +1,6 @@
 """The ego car's camera: where it stands at time t, and where a point of the world falls in its picture.
 
-Camera coordinates: x right, z ahead, height above the ground up. Picture coordinates run from 0 to 1, right and down.
+Camera coordinates: x right, z ahead, height up from the ground. Picture coordinates: 0 to 1, right and down.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ HORIZON = 0.42
 EYE_HEIGHT = 1.7
 NEAR = 0.8  # nothing is drawn nearer
 ROLL = 0.07  # how far the body leans in a turn
+# Springs and engine: what stands still in the picture trembles a little, or an event camera would not see it.
+BOUNCE, IDLING, BOUNCES_PER_SECOND = 0.008, 0.003, 2.6
 
 
 class Pose(NamedTuple):
@@ -24,6 +26,7 @@ class Pose(NamedTuple):
     x: np.ndarray
     z: np.ndarray
     yaw: np.ndarray  # right positive
+    bounce: np.ndarray  # by how much the picture is shifted down, in picture heights
     roll: float
 
 
@@ -32,10 +35,12 @@ def pose(scene: Scene, times: np.ndarray) -> Pose:
     speed, rate = scene.ego.speed, scene.ego.yaw_rate
     roll = ROLL * float(np.sign(rate))
     yaw = rate * times
+    phase = (scene.look % 1000) / 1000 + scene.clip * 0.37
+    bounce = (BOUNCE if speed else IDLING) * np.sin(2 * np.pi * (BOUNCES_PER_SECOND * times + phase))
     if rate == 0:
-        return Pose(np.zeros_like(times), speed * times, yaw, roll)
+        return Pose(np.zeros_like(times), speed * times, yaw, bounce, roll)
     radius = speed / rate
-    return Pose(radius * (1 - np.cos(yaw)), radius * np.sin(yaw), yaw, roll)
+    return Pose(radius * (1 - np.cos(yaw)), radius * np.sin(yaw), yaw, bounce, roll)
 
 
 def on_road(scene: Scene, s: np.ndarray, lateral: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -73,8 +78,9 @@ def thing_in_camera(
 
 
 def project(eye: Pose, x: np.ndarray, height: np.ndarray | float, z: np.ndarray) -> np.ndarray:
-    """Picture coordinates ``[..., 2]`` of camera points; what is nearer than NEAR is put there."""
+    """Picture coordinates ``[T, ..., 2]`` of camera points ``[T, ...]``, none nearer than NEAR."""
     z = np.maximum(z, NEAR)
     u, v = FOCAL * x / z, FOCAL * (EYE_HEIGHT - height) / z
     cos, sin = np.cos(eye.roll), np.sin(eye.roll)
-    return np.stack([0.5 + u * cos - v * sin, HORIZON + u * sin + v * cos], axis=-1)
+    horizon = HORIZON + eye.bounce.reshape(-1, *[1] * (z.ndim - 1))
+    return np.stack([0.5 + u * cos - v * sin, horizon + u * sin + v * cos], axis=-1)

@@ -1,7 +1,7 @@
 """A stack of T pictures that shapes are painted on, back to front, with analytic anti-aliasing.
 
-The covered share of a pixel is computed, not sampled: it changes smoothly while a shape moves, as the light on a
-pixel of an event camera does, where supersampling would jump. Exact for upright rectangles.
+The covered share of a pixel is computed, not sampled: it changes smoothly while a shape moves, as the light
+on a pixel of an event camera does, where supersampling would jump. Exact for upright rectangles.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ class Canvas:
     """``[T, size, size]`` pixels: colour, and which thing owns each pixel (-1: none).
 
     Args:
-        rgb: the background, float32 ``[T, size, size, 3]``; None to keep owners only, which takes half the time.
+        rgb: the background, float32 ``[T, size, size, 3]``; None to keep owners only, in half the time.
         frames: T.
         size: pixels along a side.
         things: how many things there are.

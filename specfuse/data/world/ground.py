@@ -28,16 +28,16 @@ BAND = 6.0  # metres; verges are lighter and darker by turns, which shows the eg
 def backdrop(scene: Scene, eye: Pose, air: Air, size: int) -> np.ndarray:
     """Background pictures, float32 ``[T, size, size, 3]``."""
     pixel = (np.arange(size) + 0.5) / size
-    u, v = pixel[None, :] - 0.5, pixel[:, None] - HORIZON
-    cos, sin = np.cos(eye.roll), np.sin(eye.roll)
-    u, v = u * cos + v * sin, v * cos - u * sin  # as if the camera stood upright
-    up = np.clip(-v / HORIZON, 0, 1)[..., None]
-    picture = np.empty((len(eye.yaw), size, size, 3), np.float32)
-    picture[:] = air.horizon + up * (air.top - air.horizon)
+    u = (pixel[None, :] - 0.5).astype(np.float32)
+    v = (pixel[:, None] - HORIZON - eye.bounce[:, None, None]).astype(np.float32)
+    cos, sin = np.float32(np.cos(eye.roll)), np.float32(np.sin(eye.roll))
+    u, v = u * cos + v * sin, v * cos - u * sin  # [T, size, size], as if the camera stood upright
+    up = np.clip(v * np.float32(-1 / HORIZON), 0, 1)[..., None]
+    picture = air.horizon.astype(np.float32) + up * (air.top - air.horizon).astype(np.float32)
     _hills(picture, scene, eye, air, u, v)
-    low = int(np.argmax((v > -1 / size).any(1)))
-    cover = np.clip(v[low:] * size + 0.5, 0, 1)[..., None].astype(np.float32)
-    ground = _ground(scene, eye, air, u[low:], np.maximum(v[low:], 0.5 / size), size)
+    low = int(np.argmax((v > -1 / size).any((0, 2))))
+    cover = np.clip(v[:, low:] * size + 0.5, 0, 1)[..., None].astype(np.float32)
+    ground = _ground(scene, eye, air, u[:, low:], np.maximum(v[:, low:], np.float32(0.5 / size)), size)
     picture[:, low:] += cover * (ground - picture[:, low:])
     return picture
 
@@ -46,12 +46,12 @@ def _hills(picture: np.ndarray, scene: Scene, eye: Pose, air: Air, u: np.ndarray
     if scene.weather == "fog":
         return
     size = picture.shape[1]
-    rows = slice(int(np.argmax((v > -0.14).any(1))), int(HORIZON * size + 0.06 * size) + 1)
+    rows = slice(int(np.argmax((v > -0.14).any((0, 2)))), int((HORIZON + 0.06) * size) + 1)
     phase = np.random.default_rng([scene.look, 2]).uniform(0, 2 * np.pi, size=3)
-    bearing = eye.yaw[:, None, None] + np.arctan(u[rows] / FOCAL)
+    bearing = eye.yaw[:, None, None] + np.arctan(u[:, rows] / FOCAL)
     waves = zip((7.0, 13.0, 19.0), (0.030, 0.022, 0.012), phase, strict=True)
     height = 0.055 + sum(size_ * np.sin(rate * bearing + start) for rate, size_, start in waves)
-    cover = np.clip((v[rows] + height) * size + 0.5, 0, 1)[..., None].astype(np.float32)
+    cover = np.clip((v[:, rows] + height) * size + 0.5, 0, 1)[..., None].astype(np.float32)
     colour = SNOW if scene.weather == "snow" else (70, 92, 96)
     lit = (0.45 * air.horizon + 0.55 * np.asarray(colour) * air.ground * 0.8).astype(np.float32)
     picture[:, rows] += cover * (lit - picture[:, rows])
@@ -97,7 +97,7 @@ def _road(
 ) -> None:
     _lay(colour, _strip(lateral, 0, ROAD_HALF, across), ASPHALT)
     middle = PAINT if scene.road == "highway" else YELLOW
-    open_road = 1.0
+    open_road = np.ones_like(s)
     if scene.road == "junction":
         open_road = 1 - _strip(s, scene.junction, STREET_HALF, along)
         _lay(colour, 1 - open_road, ASPHALT)
@@ -119,7 +119,7 @@ def _strip(where: np.ndarray, middle: float, half: float, pixel: np.ndarray) -> 
 
 
 def _dashes(where: np.ndarray, period: float, pixel: np.ndarray) -> np.ndarray:
-    """Covered share under dashes half as long as their period; even grey where pixels are longer than a dash."""
+    """Covered share under dashes half as long as their period; one half where pixels are longer than that."""
     phase = np.abs((where / np.float32(period)) % 1 - 0.5)
     sharp = np.clip((0.25 - phase) * period / pixel + 0.5, 0, 1)
     return np.where(pixel > period / 2, np.float32(0.5), sharp)

@@ -64,14 +64,14 @@ def sun(scene: Scene, eye: Pose) -> tuple[np.ndarray, np.ndarray, tuple[int, int
         "dusk": (0.27, 0.085, (255, 215, 110)),
         "night": (0.11, 0.045, (235, 238, 250)),
     }[scene.light]
-    middle = np.stack([x, np.full_like(x, y)], -1)
+    middle = np.stack([x, y + eye.bounce], -1)
     return middle - radius, middle + radius, colour
 
 
 def falling(scene: Scene, times: np.ndarray, rgb: np.ndarray) -> None:
-    """Paints rain or snow over ``rgb`` ``[T, size, size, 3]``: drops fall for ever, entering again at the top."""
+    """Paints rain or snow over ``rgb`` ``[T, size, size, 3]``; drops enter again at the top."""
     if scene.weather == "rain":
-        count, speed, slant, radius, alpha, colour = 46, 2.9, 0.12, (0.009, 0.055), 0.5, (205, 215, 235)
+        count, speed, slant, radius, alpha, colour = 34, 2.6, 0.12, (0.010, 0.055), 0.4, (205, 215, 235)
     elif scene.weather == "snow":
         count, speed, slant, radius, alpha, colour = 56, 0.45, 0.05, (0.014, 0.014), 0.95, (255, 255, 255)
     else:
@@ -82,12 +82,12 @@ def falling(scene: Scene, times: np.ndarray, rgb: np.ndarray) -> None:
     y = (start[:, 1] + pace * times[:, None]) % 1.2 - 0.1
     x = (start[:, 0] + slant * y) % 1.0
     cover = _drops(np.stack([x, y], -1), radius, rgb.shape[1])[..., None] * alpha
-    lit = np.asarray(colour) * (0.75 if scene.light == "night" else 1.0)
+    lit = np.asarray(colour) * (0.65 if scene.light == "night" else 1.0)
     rgb += cover * (lit.astype(np.float32) - rgb)
 
 
 def _drops(centre: np.ndarray, radius: tuple[float, float], size: int) -> np.ndarray:
-    """Largest cover ``[T, size, size]`` of upright ellipses at ``centre`` ``[T, P, 2]``, all windows at once."""
+    """Largest cover ``[T, size, size]`` of upright ellipses at ``centre`` ``[T, P, 2]``."""
     rx, ry = (max(r * size, 0.4) for r in radius)
     wide, tall = np.arange(-int(rx) - 1, int(rx) + 2), np.arange(-int(ry) - 1, int(ry) + 2)
     middle = centre * size

@@ -33,13 +33,13 @@ WEATHER = {
 }
 SIDE = {
     "left": ("on the left", "on the left side", "to the left of the lane"),
-    "middle": ("straight ahead", "in the middle of the view"),
+    "middle": ("in the middle of the view", "in the centre of the picture"),
     "right": ("on the right", "on the right side", "to the right of the lane"),
 }
 CAR = {
     "ahead": ("driving ahead of us", "moving in the same direction"),
     "oncoming": ("coming towards us", "approaching from the opposite direction"),
-    "parked": ("parked at the roadside", "parked beside the lane"),
+    "parked": ("parked at the roadside", "parked and empty"),
     "crossing": ("passing from one side to the other", "driving across the intersection"),
 }
 PERSON = {
@@ -54,7 +54,7 @@ def _where(thing: Seen, say: Wording, slot: str) -> str:
     return say.pick(slot, SIDE[thing.side])
 
 
-def place(view: View, say: Wording) -> str:
+def _place(view: View, say: Wording) -> str:
     scene = view.scene
     road, light = say.pick("road", ROAD[scene.road]), say.pick("light", LIGHT[scene.light])
     weather = say.pick("weather", WEATHER[scene.weather])
@@ -71,7 +71,7 @@ def place(view: View, say: Wording) -> str:
     )
 
 
-def ego(view: View, say: Wording) -> str:
+def _ego(view: View, say: Wording) -> str:
     motion = view.scene.ego
     who = say.pick("who", ("the vehicle with the camera", "the ego vehicle", "our car"))
     if motion.pace == "standing":
@@ -88,7 +88,7 @@ def ego(view: View, say: Wording) -> str:
     return sentence(f"{who} {verb} {say.pick('pace', pace)} {say.pick('turn', turn)}")
 
 
-def cars(view: View, say: Wording) -> str:
+def _cars(view: View, say: Wording) -> str:
     found = view.of("car")
     if not found:
         return sentence(say.pick("nocar", ("there are no cars in view", "no cars can be seen on the road")))
@@ -114,7 +114,7 @@ def cars(view: View, say: Wording) -> str:
     return sentence(say.pick("cars", many))
 
 
-def trucks(view: View, say: Wording) -> str:
+def _trucks(view: View, say: Wording) -> str:
     sentences = []
     for i, truck in enumerate(view.of("truck")):
         doing, where = say.pick(f"truck{i}", CAR[truck.pose]), _where(truck, say, f"truckside{i}")
@@ -126,7 +126,7 @@ def trucks(view: View, say: Wording) -> str:
     return " ".join(sentences)
 
 
-def people(view: View, say: Wording) -> str:
+def _people(view: View, say: Wording) -> str:
     found = view.of("pedestrian")
     if not found:
         return sentence(
@@ -153,7 +153,7 @@ def people(view: View, say: Wording) -> str:
     )
 
 
-def cyclist(view: View, say: Wording) -> str:
+def _cyclist(view: View, say: Wording) -> str:
     found = view.of("cyclist")
     if not found:
         return ""
@@ -169,7 +169,7 @@ def cyclist(view: View, say: Wording) -> str:
     )
 
 
-def signal(view: View, say: Wording) -> str:
+def _signal(view: View, say: Wording) -> str:
     found = view.of("signal")
     if not found:
         return ""
@@ -181,7 +181,7 @@ def signal(view: View, say: Wording) -> str:
     )
 
 
-def sign(view: View, say: Wording) -> str:
+def _sign(view: View, say: Wording) -> str:
     found = view.of("sign")
     if not found:
         return ""
@@ -189,7 +189,7 @@ def sign(view: View, say: Wording) -> str:
     return sentence(say.pick("sign", (f"a {name} stands {where}", f"{where}, a {name} can be read")))
 
 
-def surroundings(view: View, say: Wording) -> str:
+def _surroundings(view: View, say: Wording) -> str:
     trees, houses = view.scenery["tree"], view.scenery["building"]
     if trees and houses:
         options = ("trees and buildings stand beside the road", "the road is bordered by buildings and trees")
@@ -207,7 +207,7 @@ def surroundings(view: View, say: Wording) -> str:
     return sentence(say.pick("surroundings", options))
 
 
-def lanes(view: View, say: Wording) -> str:
+def _lanes(view: View, say: Wording) -> str:
     two_way = view.scene.road != "highway"
     line = "a yellow line separates the oncoming traffic" if two_way else "white lines separate the lanes"
     return sentence(
@@ -215,7 +215,7 @@ def lanes(view: View, say: Wording) -> str:
     )
 
 
-def advice(view: View, say: Wording) -> str:
+def _advice(view: View, say: Wording) -> str:
     lights = [thing.colour for thing in view.of("signal")]
     crossing = [p for p in view.of("pedestrian") if p.pose == "crossing"]
     if crossing:
@@ -256,7 +256,7 @@ def advice(view: View, say: Wording) -> str:
     return sentence(say.pick("advice", options))
 
 
-def closing(view: View, say: Wording) -> str:
+def _closing(view: View, say: Wording) -> str:
     count = len(view.of("car", "truck", "pedestrian", "cyclist"))
     if count == 0:
         options = (
@@ -278,38 +278,41 @@ def closing(view: View, say: Wording) -> str:
 
 Aspect = Callable[[View, Wording], str]
 ASPECTS: dict[str, Aspect] = {
-    "place": place,
-    "lanes": lanes,
-    "ego": ego,
-    "cars": cars,
-    "trucks": trucks,
-    "people": people,
-    "cyclist": cyclist,
-    "signal": signal,
-    "sign": sign,
-    "surroundings": surroundings,
-    "advice": advice,
+    "place": _place,
+    "lanes": _lanes,
+    "ego": _ego,
+    "cars": _cars,
+    "trucks": _trucks,
+    "people": _people,
+    "cyclist": _cyclist,
+    "signal": _signal,
+    "sign": _sign,
+    "surroundings": _surroundings,
+    "advice": _advice,
 }
-FILLERS: tuple[Aspect, ...] = (advice, closing, surroundings, ego, lanes, place, people, cars)
+FILLERS: tuple[Aspect, ...] = (_advice, _closing, _surroundings, _ego, _lanes, _place, _people, _cars)
 # Per kind of question: orders in which the aspects may come.
 PLANS: dict[str, tuple[tuple[Aspect, ...], ...]] = {
     "describe": (
-        (place, ego, cars, trucks, people, cyclist, signal),
-        (place, cars, trucks, people, ego, cyclist, signal),
+        (_place, _ego, _cars, _trucks, _people, _cyclist, _signal),
+        (_place, _cars, _trucks, _people, _ego, _cyclist, _signal),
     ),
     "elements": (
-        (cars, trucks, people, cyclist, signal, sign, surroundings),
-        (people, cyclist, cars, trucks, sign, signal, place),
+        (_cars, _trucks, _people, _cyclist, _signal, _sign, _surroundings),
+        (_people, _cyclist, _cars, _trucks, _sign, _signal, _place),
     ),
     "layout": (
-        (place, lanes, signal, sign, surroundings, cars),
-        (lanes, place, surroundings, sign, signal, people),
+        (_place, _lanes, _signal, _sign, _surroundings, _cars),
+        (_lanes, _place, _surroundings, _sign, _signal, _people),
     ),
-    "vehicles": ((cars, trucks, cyclist, ego, people), (trucks, cars, cyclist, closing, ego)),
-    "happening": ((ego, people, cyclist, cars, trucks, signal), (ego, cars, trucks, people, signal, cyclist)),
+    "vehicles": ((_cars, _trucks, _cyclist, _ego, _people), (_trucks, _cars, _cyclist, _closing, _ego)),
+    "happening": (
+        (_ego, _people, _cyclist, _cars, _trucks, _signal),
+        (_ego, _cars, _trucks, _people, _signal, _cyclist),
+    ),
     "attention": (
-        (advice, people, cyclist, signal, cars, place),
-        (advice, cars, trucks, people, signal, place),
+        (_advice, _people, _cyclist, _signal, _cars, _place),
+        (_advice, _cars, _trucks, _people, _signal, _place),
     ),
 }
 

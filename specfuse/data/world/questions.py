@@ -1,4 +1,4 @@
-"""Questions about a clip with the answers of both models: six that ask for a description, thirteen that ask for a fact."""
+"""Questions about a clip with both models' answers: six kinds ask for a description, thirteen for a fact."""
 
 from __future__ import annotations
 

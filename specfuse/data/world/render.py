@@ -54,7 +54,7 @@ def render(scene: Scene, times: np.ndarray = FRAME_TIMES, size: int = 64, *, col
 
 
 def luminance(scene: Scene, times: np.ndarray, size: int = 64) -> np.ndarray:
-    """Brightness ``[T, size, size]`` float32, 0 to 255 and not rounded, as an event camera sees it (ITU-R BT.601)."""
+    """Brightness ``[T, size, size]`` float32, 0 to 255, not rounded (ITU-R BT.601)."""
     rgb = render(scene, times, size).rgb
     assert rgb is not None
     return rgb @ np.array([0.299, 0.587, 0.114], np.float32)
@@ -75,10 +75,10 @@ def _render(scene: Scene, times: np.ndarray, size: int, colour: bool) -> Picture
     drawn = np.zeros((count, len(times)), np.int64)
     places = [thing_in_camera(scene, thing, eye, times) for thing in scene.things]
     for part, order in _runs(scene, places, len(times)):
-        lens = Pose(eye.x[part], eye.z[part], eye.yaw[part], eye.roll)
+        lens = Pose(eye.x[part], eye.z[part], eye.yaw[part], eye.bounce[part], eye.roll)
         canvas = Canvas(None if rgb is None else rgb[part], part.stop - part.start, size, count)
         if (disc := sun(scene, lens)) is not None and rgb is not None:
-            canvas.ellipse(*disc, thing=-1)
+            canvas.ellipse(disc[0], disc[1], np.asarray(disc[2], np.float32), -1)
         if scene.road == "highway":
             _rails(canvas, lens, weather)
         for index in order:
@@ -96,8 +96,8 @@ def _runs(
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Consecutive frames that one order from far to near is right for, so that each run is painted at once.
 
-    Only things that may overlap in the picture need the right order: the picture is the same as if every frame
-    were sorted on its own.
+    Only things that may overlap in the picture need the right order: the picture is the same as if every
+    frame were sorted on its own.
     """
     count = len(places)
     if count == 0 or frames_ == 0:
@@ -125,9 +125,9 @@ def _count(owner: np.ndarray, things: int) -> np.ndarray:
 
 
 def _rails(canvas: Canvas, eye: Pose, weather: Air) -> None:
-    """The guard rails of a highway: the same from everywhere on a straight road, only their posts would move."""
+    """The guard rails of a highway: on a straight road they look the same from everywhere."""
     steel = weather.on_thing((200, 205, 212), np.full(len(eye.x), 8.0))
     for side in (-1, 1):
         x = side * 5.6 - eye.x[:, None] + np.zeros(4)
-        corners = project(eye, x, np.array([0.35, 1.25, 1.25, 0.35]), np.array([2.0, 2.0, 70.0, 70.0]))
+        corners = project(eye, x, np.array([0.35, 1.25, 1.25, 0.35]), np.array([[2.0, 2.0, 70.0, 70.0]]))
         canvas.quad(corners, steel, -1)

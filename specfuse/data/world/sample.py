@@ -1,6 +1,8 @@
-"""Scenes from seeds. A drive fixes place, weather, light and who is on the road; a clip varies it a little.
+"""Scenes from seeds.
 
-Each draw comes from ``SeedSequence([world_seed, clip])`` or ``[world_seed, 1, drive]``: any clip can be made alone.
+A drive fixes place, weather, light and who is on the road; a clip varies it a little.
+Draws come from ``SeedSequence([world_seed, clip])`` or ``[world_seed, 1, drive]``: any clip can be made
+alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from specfuse.data.world.camera import FOCAL
 from specfuse.data.world.scene import COLOURS, EGO_SPEEDS, LANE_WIDTH, Ego, Scene, Thing
 from specfuse.data.world.splits import WORLD_SEED, drive_of, drives
 
-ROAD_ODDS = {"country": 0.16, "curve": 0.26, "junction": 0.24, "city": 0.18, "highway": 0.16}
+ROAD_ODDS = {"country": 0.14, "curve": 0.30, "junction": 0.26, "city": 0.16, "highway": 0.14}
 WEATHER_ODDS = {"clear": 0.34, "rain": 0.24, "fog": 0.20, "snow": 0.22}
 LIGHT_ODDS = {"day": 0.40, "dusk": 0.29, "night": 0.31}
 PACE_ODDS = {
@@ -158,7 +160,7 @@ def _actor(rng: np.random.Generator, road: str, light: str, kind: str) -> Actor:
 
 
 def _traffic(rng: np.random.Generator, scene: Scene, base: _Drive) -> list[Thing]:
-    """Who of the drive's cast is in this clip: those that stand apart in the picture, and some that are hidden."""
+    """Who of the drive's cast is in this clip: those that stand apart, and some that are hidden."""
     cars, trucks, people, cyclists = base.counts
     cars = int(np.clip(cars + rng.integers(-1, 2), 0, 6))
     people = 0 if scene.road == "highway" else int(np.clip(people + rng.integers(-1, 2), 0, 4))
@@ -241,7 +243,7 @@ def _roadside(
             if scene.ego.pace == "standing"
             else {"green": 0.62, "yellow": 0.2, "red": 0.18}
         )
-        side = 1 if place.uniform() < 0.6 else -1
+        side = 1 if place.uniform() < 0.4 else -1
         things.append(Thing("signal", place.uniform(10.5, 12.5) + ahead, side * 4.7, colour=draw(rng, odds)))
     if place.uniform() < SIGN_ODDS[scene.road]:
         pose = str(

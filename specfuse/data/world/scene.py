@@ -42,7 +42,7 @@ FRAME_TIMES = np.arange(NUM_FRAMES) * (CLIP_SECONDS / NUM_FRAMES)
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object. ``with_ego``: its coordinates are relative to the moving ego car, as those of a car it follows."""
+    """One object. ``with_ego``: its coordinates are relative to the moving ego car."""
 
     kind: str  # car, truck, pedestrian, cyclist, signal, sign, tree, building
     s: float  # metres ahead at t = 0

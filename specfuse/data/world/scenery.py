@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from specfuse.data.world.scene import ROAD_USERS, Scene, Thing
+from specfuse.data.world.scene import Scene, Thing
 
 REACH = 60.0  # metres of road furnished ahead
 TREE_ODDS = {"country": 0.65, "curve": 0.7, "junction": 0.35, "city": 0.3, "highway": 0.3}
@@ -66,6 +66,3 @@ def _in_crossing(scene: Scene, thing: Thing) -> bool:
         return False
     length = 6.0 if thing.kind == "building" else 0.0
     return scene.junction - 5.0 - length < thing.s < scene.junction + 5.0
-
-
-__all__ = ["ROAD_USERS", "sample"]

@@ -1,4 +1,4 @@
-"""Reads the answer to a factual question back from text. Only the first sentence counts, and it must not hedge."""
+"""Reads factual answers back from text. Only the first sentence counts, and it must not hedge."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ READINGS: dict[str, dict[str, str]] = {
 
 
 def read_answer(kind: str, text: str) -> str | None:
-    """The canonical answer that the first sentence of ``text`` gives; None if it gives none, or more than one.
+    """The canonical answer in the first sentence of ``text``; None if there is none, or more than one.
 
     Raises:
         ValueError: ``kind`` is not a factual kind.

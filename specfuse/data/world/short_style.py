@@ -44,6 +44,7 @@ PERSON = {
     "standing": ("stands", "waits"),
     "crossing": ("crosses", "walks across"),
 }
+VERBS = ("go", "drive")
 SIGN = {"stop": "stop sign", "limit": "speed sign", "crossing": "crossing sign"}
 
 
@@ -51,7 +52,7 @@ def _where(thing: Seen, say: Wording, slot: str) -> str:
     return say.pick(slot, SIDE[thing.side])
 
 
-def place(view: View, say: Wording) -> str:
+def _place(view: View, say: Wording) -> str:
     scene = view.scene
     road, light = say.pick("road", ROAD[scene.road]), say.pick("light", LIGHT[scene.light])
     weather = say.pick("weather", WEATHER[scene.weather])
@@ -63,7 +64,7 @@ def place(view: View, say: Wording) -> str:
     return sentence(say.pick("place", options))
 
 
-def ego(view: View, say: Wording) -> str:
+def _ego(view: View, say: Wording) -> str:
     motion = view.scene.ego
     if motion.pace == "standing":
         return sentence(say.pick("stand", ("we stand still", "we do not move")))
@@ -74,11 +75,11 @@ def ego(view: View, say: Wording) -> str:
         "right": ("to the right", "into a right turn"),
     }
     return sentence(
-        f"we {say.pick('verb', ('go', 'drive'))} {say.pick('pace', pace)} {say.pick('turn', turn[motion.turn])}"
+        f"we {say.pick('verb', VERBS)} {say.pick('pace', pace)} {say.pick('turn', turn[motion.turn])}"
     )
 
 
-def cars(view: View, say: Wording) -> str:
+def _cars(view: View, say: Wording) -> str:
     found = view.of("car")
     if not found:
         return sentence(say.pick("nocar", ("I see no cars", "no cars here")))
@@ -103,7 +104,7 @@ def cars(view: View, say: Wording) -> str:
     )
 
 
-def trucks(view: View, say: Wording) -> str:
+def _trucks(view: View, say: Wording) -> str:
     sentences = []
     for i, truck in enumerate(view.of("truck")):
         doing, where = say.pick(f"truck{i}", CAR[truck.pose]), _where(truck, say, f"truckside{i}")
@@ -117,7 +118,7 @@ def trucks(view: View, say: Wording) -> str:
     return " ".join(sentences)
 
 
-def people(view: View, say: Wording) -> str:
+def _people(view: View, say: Wording) -> str:
     found = view.of("pedestrian")
     if not found:
         return sentence(say.pick("nobody", ("I see no people", "nobody is on foot")))
@@ -135,7 +136,7 @@ def people(view: View, say: Wording) -> str:
     )
 
 
-def cyclist(view: View, say: Wording) -> str:
+def _cyclist(view: View, say: Wording) -> str:
     found = view.of("cyclist")
     if not found:
         return ""
@@ -143,7 +144,7 @@ def cyclist(view: View, say: Wording) -> str:
     return sentence(say.pick("cyclist", (f"a bike rider is {where}", f"somebody rides a bike {where}")))
 
 
-def signal(view: View, say: Wording) -> str:
+def _signal(view: View, say: Wording) -> str:
     found = view.of("signal")
     if not found:
         return ""
@@ -152,7 +153,7 @@ def signal(view: View, say: Wording) -> str:
     )
 
 
-def sign(view: View, say: Wording) -> str:
+def _sign(view: View, say: Wording) -> str:
     found = view.of("sign")
     if not found:
         return ""
@@ -160,7 +161,7 @@ def sign(view: View, say: Wording) -> str:
     return sentence(say.pick("sign", (f"a {name} is {where}", f"I see a {name} {where}")))
 
 
-def surroundings(view: View, say: Wording) -> str:
+def _surroundings(view: View, say: Wording) -> str:
     trees, houses = view.scenery["tree"], view.scenery["building"]
     if trees and houses:
         options = ("houses and trees are around", "I see houses and trees")
@@ -175,7 +176,7 @@ def surroundings(view: View, say: Wording) -> str:
     return sentence(say.pick("surroundings", options))
 
 
-def advice(view: View, say: Wording) -> str:
+def _advice(view: View, say: Wording) -> str:
     if any(p.pose == "crossing" for p in view.of("pedestrian")):
         options = ("let the person cross", "watch the person who crosses")
     elif any(light.colour == "red" for light in view.of("signal")):
@@ -191,7 +192,7 @@ def advice(view: View, say: Wording) -> str:
     return sentence(say.pick("advice", options))
 
 
-def closing(view: View, say: Wording) -> str:
+def _closing(view: View, say: Wording) -> str:
     count = len(view.of("car", "truck", "pedestrian", "cyclist"))
     if count == 0:
         options = ("the road is empty", "nobody else is here")
@@ -204,26 +205,29 @@ def closing(view: View, say: Wording) -> str:
 
 Aspect = Callable[[View, Wording], str]
 ASPECTS: dict[str, Aspect] = {
-    "place": place,
-    "lanes": surroundings,
-    "ego": ego,
-    "cars": cars,
-    "trucks": trucks,
-    "people": people,
-    "cyclist": cyclist,
-    "signal": signal,
-    "sign": sign,
-    "surroundings": surroundings,
-    "advice": advice,
+    "place": _place,
+    "lanes": _surroundings,
+    "ego": _ego,
+    "cars": _cars,
+    "trucks": _trucks,
+    "people": _people,
+    "cyclist": _cyclist,
+    "signal": _signal,
+    "sign": _sign,
+    "surroundings": _surroundings,
+    "advice": _advice,
 }
-FILLERS: tuple[Aspect, ...] = (closing, advice, surroundings, ego, place, people, cars)
+FILLERS: tuple[Aspect, ...] = (_closing, _advice, _surroundings, _ego, _place, _people, _cars)
 PLANS: dict[str, tuple[tuple[Aspect, ...], ...]] = {
-    "describe": ((place, cars, trucks, people, cyclist), (ego, place, cars, trucks, people)),
-    "elements": ((cars, trucks, people, cyclist, signal, sign), (people, cars, trucks, sign, surroundings)),
-    "layout": ((place, signal, sign, surroundings), (surroundings, place, sign, signal)),
-    "vehicles": ((cars, trucks, cyclist, ego), (ego, trucks, cars, cyclist)),
-    "happening": ((ego, cars, people, trucks), (people, ego, cars, signal)),
-    "attention": ((advice, people, cars, signal), (advice, cars, trucks, cyclist)),
+    "describe": ((_place, _cars, _trucks, _people, _cyclist), (_ego, _place, _cars, _trucks, _people)),
+    "elements": (
+        (_cars, _trucks, _people, _cyclist, _signal, _sign),
+        (_people, _cars, _trucks, _sign, _surroundings),
+    ),
+    "layout": ((_place, _signal, _sign, _surroundings), (_surroundings, _place, _sign, _signal)),
+    "vehicles": ((_cars, _trucks, _cyclist, _ego), (_ego, _trucks, _cars, _cyclist)),
+    "happening": ((_ego, _cars, _people, _trucks), (_people, _ego, _cars, _signal)),
+    "attention": ((_advice, _people, _cars, _signal), (_advice, _cars, _trucks, _cyclist)),
 }
 
 

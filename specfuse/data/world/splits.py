@@ -1,7 +1,7 @@
 """Which clips belong to one drive, and which drives are held out.
 
-As in DSEC, clips are cut from drives: consecutive clips show the same place in the same weather. A drive is either
-trained on or held out as a whole, so no held-out scene has been seen.
+As in DSEC, clips are cut from drives: consecutive clips show the same place in the same weather. A drive is
+either trained on or held out as a whole, so no held-out scene has been seen.
 """
 
 from __future__ import annotations

@@ -1,20 +1,22 @@
 """What can be seen in a clip: decided by the pixels that the renderer shows, never by the scene graph alone.
 
-A road user or sign is *clear* when, in at least CLEAR_FRAMES of the 8 frames at 64 by 64, it shows enough pixels and
-most of itself; it is *hidden* when it never shows more than HIDDEN_PIXELS. What is neither would make a question
-unfair, so scenes are built without it (``build_scene``). Scenery may come and go: it is known, absent, or not asked.
+A road user or sign is *clear* when, in at least CLEAR_FRAMES of the 8 frames at 64 by 64, it shows enough
+pixels and most of itself; it is *hidden* when it never shows more than HIDDEN_PIXELS. What is neither would
+make a question unfair, so scenes are built without it (``build_scene``). Scenery may come and go: it is
+known, absent, or not asked about.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
 from specfuse.data.world.camera import FOCAL, pose, thing_in_camera
 from specfuse.data.world.render import Pictures, render
 from specfuse.data.world.sample import sample_scene
-from specfuse.data.world.scene import FRAME_TIMES, ROAD_USERS, SCENERY, VEHICLES, Scene
+from specfuse.data.world.scene import FRAME_TIMES, NUM_FRAMES, SCENERY, VEHICLES, Scene
 from specfuse.data.world.splits import WORLD_SEED
 
 SIZE = 64
@@ -23,20 +25,38 @@ CLEAR_SHARE = 0.7  # of its own pixels, nothing else in front
 HIDDEN_PIXELS = 3
 CLEAR_PIXELS = {"car": 26, "truck": 45, "pedestrian": 18, "cyclist": 20, "signal": 18, "sign": 9}
 SCENERY_PIXELS = 40
+OFF_CENTRE = 0.08  # picture widths
+NEARER = 1.15  # how many times further away the next vehicle must be
 
 CLEAR, DOUBTFUL, HIDDEN = "clear", "doubtful", "hidden"
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A thing that is clearly seen. Its place is where it is in the middle of the clip."""
+    """A thing that is clearly seen."""
 
     index: int  # into Scene.things
     kind: str
     pose: str
     colour: str
-    depth: float  # metres ahead
-    side: str  # left, middle, right of the picture
+    depths: tuple[float, ...]  # metres ahead, in each of the 8 frames
+    columns: tuple[float, ...]  # picture widths right of the middle, in each of the 8 frames
+
+    @property
+    def depth(self) -> float:
+        """Metres ahead in the middle of the clip."""
+        return self.depths[NUM_FRAMES // 2]
+
+    @property
+    def side(self) -> str:
+        """Left, middle or right of the picture in the middle of the clip."""
+        column = self.columns[NUM_FRAMES // 2]
+        return "left" if column < -OFF_CENTRE else "right" if column > OFF_CENTRE else "middle"
+
+    @property
+    def stays_on_one_side(self) -> bool:
+        """True if it is clearly left or clearly right of the middle in every frame."""
+        return max(self.columns) < -OFF_CENTRE or min(self.columns) > OFF_CENTRE
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +72,18 @@ class View:
         return [thing for thing in self.seen if thing.kind in kinds]
 
     def nearest_vehicle(self) -> Seen | None:
-        """The nearest car or truck, if it is clearly nearer than the next."""
+        """The car or truck that is clearly nearer than all others in CLEAR_FRAMES frames, if there is one."""
         vehicles = self.of(*VEHICLES)
-        if not vehicles or (len(vehicles) > 1 and vehicles[1].depth < 1.15 * vehicles[0].depth):
+        if not vehicles:
             return None
-        return vehicles[0]
+        first, others = vehicles[0], vehicles[1:]
+        depths = np.array([vehicle.depths for vehicle in others]).reshape(len(others), NUM_FRAMES)
+        nearer = (depths > NEARER * np.array(first.depths)).all(0)
+        return first if nearer.sum() >= CLEAR_FRAMES else None
 
 
 def verdict(kind: str, visible: np.ndarray, drawn: np.ndarray) -> str:
-    """Clear, doubtful or hidden, from a thing's pixels ``[8]`` seen and ``[8]`` drawn with nothing in front."""
+    """Clear, doubtful or hidden, from a thing's pixels ``[8]`` seen, and ``[8]`` with nothing in front."""
     if visible.max(initial=0) <= HIDDEN_PIXELS:
         return HIDDEN
     good = (visible >= CLEAR_PIXELS[kind]) & (visible >= CLEAR_SHARE * drawn)
@@ -72,6 +95,7 @@ def survey(scene: Scene) -> Pictures:
     return render(scene, FRAME_TIMES, SIZE, colour=False)
 
 
+@lru_cache(maxsize=32)
 def build_scene(clip: int, world_seed: int = WORLD_SEED) -> tuple[Scene, View]:
     """The scene of a clip without doubtful things, and the view of it.
 
@@ -93,16 +117,13 @@ def build_scene(clip: int, world_seed: int = WORLD_SEED) -> tuple[Scene, View]:
 
 
 def _view(scene: Scene, verdicts: list[str], visible: np.ndarray) -> View:
-    middle = np.array([0.5])
-    eye = pose(scene, middle)
+    eye = pose(scene, FRAME_TIMES)
     seen = []
     for i, thing in enumerate(scene.things):
-        if thing.kind in SCENERY or verdicts[i] != CLEAR:
-            continue
-        x, z = (float(a[0]) for a in thing_in_camera(scene, thing, eye, middle))
-        u = FOCAL * x / z
-        side = "left" if u < -0.09 else "right" if u > 0.09 else "middle"
-        seen.append(Seen(i, thing.kind, thing.pose, thing.colour, z, side))
+        if thing.kind not in SCENERY and verdicts[i] == CLEAR:
+            x, z = thing_in_camera(scene, thing, eye, FRAME_TIMES)
+            columns, depths = tuple((FOCAL * x / z).tolist()), tuple(z.tolist())
+            seen.append(Seen(i, thing.kind, thing.pose, thing.colour, depths, columns))
     scenery = {kind: _scenery(visible[scene.of_kind(kind)].sum(0)) for kind in SCENERY}
     return View(scene, tuple(sorted(seen, key=lambda s: s.depth)), scenery)
 
@@ -111,6 +132,3 @@ def _scenery(pixels: np.ndarray) -> bool | None:
     if pixels.max() <= HIDDEN_PIXELS:
         return False
     return True if (pixels >= SCENERY_PIXELS).sum() >= CLEAR_FRAMES else None
-
-
-__all__ = ["CLEAR", "DOUBTFUL", "HIDDEN", "ROAD_USERS", "Seen", "View", "build_scene", "survey", "verdict"]

@@ -21,7 +21,10 @@ def _mix(seed: int) -> int:
 
 
 class Wording:
-    """Picks among synonyms. A choice depends on its slot's name alone, so one sentence less leaves the others as they are."""
+    """Picks among synonyms.
+
+    A choice depends on its slot's name, not on earlier choices: without one sentence the others stay.
+    """
 
     def __init__(self, world_seed: int, drive: int, clip: int, voice: str):
         start = _mix(world_seed ^ zlib.crc32(voice.encode()))
