@@ -107,7 +107,7 @@ def test_frames_are_the_same_every_time() -> None:
 def test_a_moving_car_sees_more_change_than_a_standing_one() -> None:
     def change(pace: str) -> float:
         found = [e for e in sample() if e.scene.ego.pace == pace and e.scene.weather in ("clear", "fog")]
-        bare = [replace(e.scene, things=(), light="day") for e in found]
+        bare = [replace(e.scene, things=(), light="day") for e in found[:10]]
         return float(np.mean([np.abs(np.diff(render.render(s, size=32).rgb, axis=0)).mean() for s in bare]))
 
     assert change("fast") > 2 * change("standing")

@@ -114,7 +114,7 @@ def test_lengths_of_the_two_styles() -> None:
     questions = [q for example in sample() for q in example.questions]
     for low, high, lengths in (
         (55, 90, [len(q.long.split()) for q in questions if not q.factual]),
-        (26, 46, [len(q.short.split()) for q in questions if not q.factual]),
+        (28, 46, [len(q.short.split()) for q in questions if not q.factual]),
         (28, 60, [len(q.long.split()) for q in questions if q.factual]),
         (10, 28, [len(q.short.split()) for q in questions if q.factual]),
     ):

@@ -6,8 +6,7 @@ import numpy as np
 
 from specfuse.events.stream import EventStream
 
-_COLOURS = np.array([(0, 0, 255), (255, 0, 0), (255, 255, 255)], np.uint8)  # OFF blue, ON red, nothing white
-_NOTHING = 2
+_OFF_ON = np.array([0, 0, 255, 255, 0, 0], np.uint8).view("V3")  # blue, red
 
 
 def render_eventgpt(
@@ -62,7 +61,8 @@ def _canvas(piece: EventStream, number: int, size: tuple[int, int] | str | None)
 
 
 def _picture(piece: EventStream, canvas: tuple[int, int]) -> np.ndarray:
-    kinds = np.full(canvas, _NOTHING, np.uint8)
-    # NumPy stores repeated indices in order, so the last event of a pixel stays.
-    kinds.reshape(-1)[piece.y.astype(np.intp) * canvas[1] + piece.x] = piece.p
-    return _COLOURS[kinds]
+    image = np.full((*canvas, 3), 255, np.uint8)
+    # NumPy stores repeated indices in order, so the last event of a pixel stays. A colour is one 3-byte item.
+    pixels = image.reshape(-1).view("V3")
+    pixels[piece.y.astype(np.intp) * canvas[1] + piece.x] = _OFF_ON[piece.p]
+    return image

@@ -13,7 +13,7 @@ import numpy as np
 
 from specfuse.data.world import scenery
 from specfuse.data.world.camera import FOCAL
-from specfuse.data.world.scene import COLOURS, EGO_SPEEDS, LANE_WIDTH, Ego, Scene, Thing
+from specfuse.data.world.scene import COLOURS, EGO_SPEEDS, LANE_WIDTH, VEHICLES, Ego, Scene, Thing
 from specfuse.data.world.splits import WORLD_SEED, drive_of, drives
 
 ROAD_ODDS = {"country": 0.14, "curve": 0.30, "junction": 0.26, "city": 0.16, "highway": 0.14}
@@ -62,37 +62,19 @@ def sample_scene(clip: int, world_seed: int = WORLD_SEED) -> Scene:
     drive = drive_of(clip, world_seed)
     place = np.random.Generator(np.random.PCG64(np.random.SeedSequence([world_seed, 1, drive])))
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([world_seed, clip])))
-    road, weather, light = (draw(place, odds) for odds in (ROAD_ODDS, WEATHER_ODDS, LIGHT_ODDS))
-    bend = float(place.choice([-1, 1]))
-    base = _Drive(
-        road=road,
-        pace=draw(place, PACE_ODDS[road]),
-        bend=bend,
-        signal=place.uniform() < SIGNAL_ODDS[road],
-        cars=_cast(place, road, light, "car", 18),
-        trucks=_cast(place, road, light, "truck", 3),
-        people=_cast(place, road, light, "pedestrian", 12),
-        cyclists=_cast(place, road, light, "cyclist", 4),
-        counts=(
-            int(place.choice([0, 1, 2, 3, 4, 5, 6], p=[0.1, 0.15, 0.2, 0.2, 0.15, 0.1, 0.1])),
-            int(place.uniform() < 0.45),
-            int(place.integers(0, 5)),
-            int(place.uniform() < 0.6),
-        ),
-        look=int(place.integers(2**31)),
-    )
+    base = _drive(place)
     step = clip - int(drives(world_seed).first[drive])
     ego = _ego(rng, base)
     scene = Scene(
         clip=clip,
         drive=drive,
-        road=road,
-        weather=weather,
-        light=light,
+        road=base.road,
+        weather=base.weather,
+        light=base.light,
         ego=ego,
         things=(),
-        curvature=bend / CURVE_RADIUS if road == "curve" else 0.0,
-        junction=11.0 + ego.speed * _HALF if road == "junction" else 0.0,
+        curvature=base.bend / CURVE_RADIUS if base.road == "curve" else 0.0,
+        junction=11.0 + ego.speed * _HALF if base.road == "junction" else 0.0,
         look=base.look,
     )
     things = [*_traffic(rng, scene, base), *_roadside(rng, scene, base, place)]
@@ -102,16 +84,38 @@ def sample_scene(clip: int, world_seed: int = WORLD_SEED) -> Scene:
 
 @dataclass(frozen=True)
 class _Drive:
+    """What the clips of a drive have in common; of the cast, each clip takes some."""
+
     road: str
+    weather: str
+    light: str
+    bend: float  # which way a curve goes, right positive
     pace: str
-    bend: float
     signal: bool
-    cars: list[Actor]
-    trucks: list[Actor]
-    people: list[Actor]
-    cyclists: list[Actor]
-    counts: tuple[int, int, int, int]
+    cast: dict[str, list[Actor]]
+    counts: dict[str, int]  # how many of each kind of actor a clip has, more or less
     look: int
+
+
+def _drive(place: np.random.Generator) -> _Drive:
+    road, weather, light = (draw(place, odds) for odds in (ROAD_ODDS, WEATHER_ODDS, LIGHT_ODDS))
+    sizes = {"cyclist": 4, "truck": 3, "pedestrian": 12, "car": 18}
+    return _Drive(
+        road=road,
+        weather=weather,
+        light=light,
+        bend=float(place.choice([-1, 1])),
+        pace=draw(place, PACE_ODDS[road]),
+        signal=bool(place.uniform() < SIGNAL_ODDS[road]),
+        cast={kind: [_actor(place, road, light, kind) for _ in range(n)] for kind, n in sizes.items()},
+        counts={
+            "cyclist": int(place.uniform() < 0.6),
+            "truck": int(place.uniform() < 0.45),
+            "pedestrian": int(place.integers(0, 5)),
+            "car": int(place.choice(7, p=[0.1, 0.15, 0.2, 0.2, 0.15, 0.1, 0.1])),
+        },
+        look=int(place.integers(2**31)),
+    )
 
 
 def _ego(rng: np.random.Generator, base: _Drive) -> Ego:
@@ -123,10 +127,6 @@ def _ego(rng: np.random.Generator, base: _Drive) -> Ego:
         side = float(rng.choice([-1, 1]))
         return Ego(pace, "right" if side > 0 else "left", speed, side * TURN_RATE)
     return Ego(pace, "straight", speed, 0.0)
-
-
-def _cast(rng: np.random.Generator, road: str, light: str, kind: str, count: int) -> list[Actor]:
-    return [_actor(rng, road, light, kind) for _ in range(count)]
 
 
 def _actor(rng: np.random.Generator, road: str, light: str, kind: str) -> Actor:
@@ -161,15 +161,15 @@ def _actor(rng: np.random.Generator, road: str, light: str, kind: str) -> Actor:
 
 def _traffic(rng: np.random.Generator, scene: Scene, base: _Drive) -> list[Thing]:
     """Who of the drive's cast is in this clip: those that stand apart, and some that are hidden."""
-    cars, trucks, people, cyclists = base.counts
-    cars = int(np.clip(cars + rng.integers(-1, 2), 0, 6))
-    people = 0 if scene.road == "highway" else int(np.clip(people + rng.integers(-1, 2), 0, 4))
-    cyclists = 0 if scene.road == "highway" else cyclists
-    wanted = [("cyclists", cyclists), ("trucks", trucks), ("people", people), ("cars", cars)]
+    counts = dict(base.counts)
+    counts["car"] = int(np.clip(counts["car"] + rng.integers(-1, 2), 0, 6))
+    counts["pedestrian"] = int(np.clip(counts["pedestrian"] + rng.integers(-1, 2), 0, 4))
+    if scene.road == "highway":
+        counts |= {"pedestrian": 0, "cyclist": 0}
     placed: list[Actor] = []
-    for name, count in wanted:
-        left = count
-        for actor in getattr(base, name):
+    for kind, cast in base.cast.items():
+        left = counts[kind]
+        for actor in cast:
             if left == 0 or rng.uniform() < 0.1:
                 continue
             moved = replace(
@@ -180,13 +180,12 @@ def _traffic(rng: np.random.Generator, scene: Scene, base: _Drive) -> list[Thing
             if all(_apart(moved, other) for other in placed):
                 placed.append(moved)
                 left -= 1
-    hidden = [_behind(rng, scene, actor) for actor in placed if actor.kind in ("car", "truck")]
-    far = (
-        [Actor("car", "ahead", 95.0, float(rng.choice([-1, 0])) * LANE_WIDTH, "red")]
-        if rng.uniform() < 0.25
-        else []
-    )
-    return [_thing(scene, actor) for actor in [*placed, *(h for h in hidden if h), *far]]
+    vehicles = [actor for actor in placed if actor.kind in VEHICLES]
+    unseen = [hidden for actor in vehicles if (hidden := _behind(rng, scene, actor))]
+    if rng.uniform() < 0.25:
+        # Too far away to be seen.
+        unseen.append(Actor("car", "ahead", 95.0, float(rng.choice([-1, 0])) * LANE_WIDTH, "red"))
+    return [_thing(scene, actor) for actor in placed + unseen]
 
 
 def _span(actor: Actor) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from specfuse.data.world.visible import Seen, View
 from specfuse.data.world.wording import Wording, compose, listing, number, sentence
 
-LEAST, MOST = 28, 44  # words
+LEAST, MOST = 32, 46  # words
 LEAST_FACT, MOST_FACT = 12, 26
 
 ROAD = {
