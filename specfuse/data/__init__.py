@@ -1,1 +1,1 @@
-"""Reading what goes in: video files and recordings of answers."""
+"""What goes in: video files, recordings of answers, and a procedural driving world."""

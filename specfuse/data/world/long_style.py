@@ -27,7 +27,7 @@ LIGHT = {
 }
 WEATHER = {
     "clear": ("under a clear sky", "in clear weather", "while the sky is clear"),
-    "rain": ("in the rain", "while rain is falling", "on a rainy road"),
+    "rain": ("in the rain", "while rain is falling", "while it is raining"),
     "fog": ("in thick fog", "while fog covers the view", "with fog hanging over the road"),
     "snow": ("in falling snow", "while it is snowing", "with snow lying beside the road"),
 }
@@ -43,7 +43,7 @@ CAR = {
     "crossing": ("passing from one side to the other", "driving across the intersection"),
 }
 PERSON = {
-    "walking": ("walking along the road", "walking on the pavement"),
+    "walking": ("walking along the road", "walking beside the road"),
     "standing": ("standing at the edge of the road", "waiting at the roadside"),
     "crossing": ("crossing the road", "walking across the road"),
 }
@@ -64,7 +64,7 @@ def _place(view: View, say: Wording) -> str:
             (
                 f"the video shows {road} {light} {weather}",
                 f"the scene takes place on {road}, {light} and {weather}",
-                f"in this video, the camera looks along {road} {light}, {weather}",
+                f"in this video, the camera looks at {road} {light}, {weather}",
                 f"we are looking at {road}; the recording was made {light} {weather}",
             ),
         )
@@ -186,7 +186,7 @@ def _sign(view: View, say: Wording) -> str:
     if not found:
         return ""
     name, where = SIGN[found[0].pose], _where(found[0], say, "signside")
-    return sentence(say.pick("sign", (f"a {name} stands {where}", f"{where}, a {name} can be read")))
+    return sentence(say.pick("sign", (f"a {name} stands {where}", f"{where}, a {name} can be made out")))
 
 
 def _surroundings(view: View, say: Wording) -> str:
