@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -175,3 +176,15 @@ def test_readings_cover_every_answer_given() -> None:
     for kind, questions in by_kind().items():
         if kind in FACTUAL:
             assert {q.answer for q in questions} <= set(READINGS[kind])
+
+
+def test_this_is_still_the_world_that_the_shipped_models_were_trained_on() -> None:
+    # A change here is a change of the training data: retrain, then write the new numbers.
+    texts = [
+        f"{q.text} {q.long} {q.short} {q.answer}"
+        for index in range(0, NUM_CLIPS, 434)
+        for q in clip(index).questions
+    ]
+    assert (len(texts), zlib.crc32("".join(texts).encode())) == (220, 2223306254)
+    means = [round(float(clip(index).frames.mean()), 1) for index in (0, 2604, 5207)]
+    assert means == pytest.approx([52.7, 76.9, 149.5], abs=0.2)

@@ -6,7 +6,7 @@ import numpy as np
 
 from specfuse.data.world.camera import EYE_HEIGHT, FOCAL, HORIZON, Pose, to_road
 from specfuse.data.world.light import Air
-from specfuse.data.world.scene import LANE_WIDTH, Scene
+from specfuse.data.world.scene import LANE_WIDTH, Scene, generator
 
 ASPHALT = (88, 88, 94)
 PAINT = (240, 240, 240)
@@ -47,7 +47,7 @@ def _hills(picture: np.ndarray, scene: Scene, eye: Pose, air: Air, u: np.ndarray
         return
     size = picture.shape[1]
     rows = slice(int(np.argmax((v > -0.14).any((0, 2)))), int((HORIZON + 0.06) * size) + 1)
-    phase = np.random.default_rng([scene.look, 2]).uniform(0, 2 * np.pi, size=3)
+    phase = generator(scene.look, 2).uniform(0, 2 * np.pi, size=3)
     bearing = eye.yaw[:, None, None] + np.arctan(u[:, rows] / FOCAL)
     waves = zip((7.0, 13.0, 19.0), (0.030, 0.022, 0.012), phase, strict=True)
     height = 0.055 + sum(size_ * np.sin(rate * bearing + start) for rate, size_, start in waves)

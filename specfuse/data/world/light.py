@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from specfuse.data.world.camera import Pose
-from specfuse.data.world.scene import Scene
+from specfuse.data.world.scene import Scene, generator
 
 # (light, weather): colour at the top of the picture, colour at the horizon.
 SKY = {
@@ -57,7 +57,7 @@ def sun(scene: Scene, eye: Pose) -> tuple[np.ndarray, np.ndarray, tuple[int, int
     """Corners ``[T, 2]`` and colour of sun or moon in picture coordinates; None behind clouds."""
     if scene.weather != "clear":
         return None
-    bearing = np.random.default_rng(scene.look).uniform(-0.4, 0.4)
+    bearing = generator(scene.look).uniform(-0.4, 0.4)
     x = 0.5 + 0.75 * np.tan(bearing - eye.yaw)
     y, radius, colour = {
         "day": (0.10, 0.055, (255, 245, 170)),
@@ -76,7 +76,7 @@ def falling(scene: Scene, times: np.ndarray, rgb: np.ndarray) -> None:
         count, speed, slant, radius, alpha, colour = 56, 0.45, 0.05, (0.014, 0.014), 0.95, (255, 255, 255)
     else:
         return
-    rng = np.random.default_rng([scene.look, 1])
+    rng = generator(scene.look, 1)
     start = rng.uniform(size=(count, 2))
     pace = rng.uniform(0.8, 1.2, size=count) * speed
     y = (start[:, 1] + pace * times[:, None]) % 1.2 - 0.1

@@ -13,7 +13,7 @@ import numpy as np
 
 from specfuse.data.world import scenery
 from specfuse.data.world.camera import FOCAL
-from specfuse.data.world.scene import COLOURS, EGO_SPEEDS, LANE_WIDTH, VEHICLES, Ego, Scene, Thing
+from specfuse.data.world.scene import COLOURS, EGO_SPEEDS, LANE_WIDTH, VEHICLES, Ego, Scene, Thing, generator
 from specfuse.data.world.splits import WORLD_SEED, drive_of, drives
 
 ROAD_ODDS = {"country": 0.14, "curve": 0.30, "junction": 0.26, "city": 0.16, "highway": 0.14}
@@ -60,8 +60,8 @@ def sample_scene(clip: int, world_seed: int = WORLD_SEED) -> Scene:
         IndexError: there is no such clip.
     """
     drive = drive_of(clip, world_seed)
-    place = np.random.Generator(np.random.PCG64(np.random.SeedSequence([world_seed, 1, drive])))
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([world_seed, clip])))
+    place = generator(world_seed, 1, drive)
+    rng = generator(world_seed, clip)
     base = _drive(place)
     step = clip - int(drives(world_seed).first[drive])
     ego = _ego(rng, base)
@@ -78,7 +78,7 @@ def sample_scene(clip: int, world_seed: int = WORLD_SEED) -> Scene:
         look=base.look,
     )
     things = [*_traffic(rng, scene, base), *_roadside(rng, scene, base, place)]
-    things += scenery.sample(np.random.default_rng([base.look, 3]), scene, along=step * ego.speed)
+    things += scenery.sample(generator(base.look, 3), scene, along=step * ego.speed)
     return replace(scene, things=tuple(things))
 
 

@@ -40,6 +40,11 @@ NUM_FRAMES = 8
 FRAME_TIMES = np.arange(NUM_FRAMES) * (CLIP_SECONDS / NUM_FRAMES)
 
 
+def generator(*key: int) -> np.random.Generator:
+    """The random numbers that belong to a key; PCG64 by name, because a library's default may change."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
 @dataclass(frozen=True, slots=True)
 class Thing:
     """One object. ``with_ego``: its coordinates are relative to the moving ego car."""

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from specfuse.data.world.scene import generator
+
 WORLD_SEED = 2026
 NUM_CLIPS = 5208
 NUM_HELD_OUT = 1042
@@ -29,7 +31,7 @@ class Drives(NamedTuple):
 @lru_cache(maxsize=4)
 def drives(world_seed: int = WORLD_SEED) -> Drives:
     """The drives of a world: always NUM_CLIPS clips, of which exactly NUM_HELD_OUT are held out."""
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([world_seed, 0, 0])))
+    rng = generator(world_seed, 0, 0)
     length = _cut(rng, NUM_CLIPS)
     held_out = np.zeros(len(length), dtype=bool)
     left = NUM_HELD_OUT
