@@ -71,6 +71,13 @@ def test_a_picture_depends_on_its_own_time_only(index: int, times: list[float]) 
         np.testing.assert_allclose(together.rgb[i], alone.rgb[0], atol=0.05)
 
 
+def test_colours_stay_in_range() -> None:
+    for example in sample()[::6]:
+        rgb = render.render(example.scene, FRAME_TIMES[:2], 16).rgb
+        assert rgb is not None
+        assert rgb.min() > -0.01 and rgb.max() < 255.01
+
+
 def test_a_high_rate_passes_through_the_video_frames() -> None:
     scene = build_scene(1234)[0]
     fast = render.frames(scene, np.arange(64) / 64)

@@ -81,7 +81,7 @@ def _verge(
 ) -> np.ndarray:
     base = np.asarray(SNOW if scene.weather == "snow" else BESIDE[scene.road], np.float32)
     wave = np.sin(s * np.float32(2 * np.pi / BAND)) * (0.13 * np.exp(-((along / 2.5) ** 2)))
-    colour = base * (1 + wave[..., None])
+    colour = np.minimum(base * (1 + wave[..., None]), 255)
     if scene.road in ("city", "junction"):
         _lay(colour, _strip(np.abs(lateral), ROAD_HALF + 1.1, 1.1, across), PAVEMENT)
     return colour

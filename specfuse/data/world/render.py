@@ -57,7 +57,8 @@ def luminance(scene: Scene, times: np.ndarray, size: int = 64) -> np.ndarray:
     """Brightness ``[T, size, size]`` float32, 0 to 255, not rounded (ITU-R BT.601)."""
     rgb = render(scene, times, size).rgb
     assert rgb is not None
-    return rgb @ np.array([0.299, 0.587, 0.114], np.float32)
+    # Blending may overshoot by a rounding error.
+    return np.clip(rgb @ np.array([0.299, 0.587, 0.114], np.float32), 0, 255)
 
 
 def frames(scene: Scene, times: np.ndarray = FRAME_TIMES, size: int = 64) -> np.ndarray:
