@@ -17,7 +17,8 @@ using namespace specfuse::bindings;
 
 namespace {
 
-void raise_on(const specfuse::ArgumentError& error) {
+template <typename Error>
+void raise_on(const Error& error) {
   if (!error.message) return;
   std::ostringstream text;
   text << error.message << ", got " << error.value << " in row " << error.row;
@@ -56,12 +57,12 @@ void compact_kv(const pybind11::bytes& tensors, int64_t B, int64_t K, uintptr_t 
                 uintptr_t start) {
   const auto params = compact_kv_params(B, K, path, length, start);
   const auto table = kv_tensors(tensors);
-  const char* error;
+  specfuse::CompactKvError error;
   {
     pybind11::gil_scoped_release release;
     error = specfuse::compact_kv_cpu(params, table.data(), static_cast<int64_t>(table.size()));
   }
-  if (error) throw std::invalid_argument(error);
+  raise_on(error);
 }
 
 // The random word of one token, for tests of the noise.

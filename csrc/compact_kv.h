@@ -21,8 +21,14 @@ struct CompactKvParams {
   const int64_t* start;   // [B], slot of tree node 0
 };
 
-// Returns what is wrong with the arguments, null where nothing is; nothing is moved then.
-const char* compact_kv_cpu(const CompactKvParams& params, const KvTensor* tensors, int64_t num_tensors);
+// What is wrong with the arguments of a row; `message` is null where nothing is.
+struct CompactKvError {
+  const char* message = nullptr;
+  int64_t row = 0, value = 0;
+};
+
+// Moves nothing where it returns an error.
+CompactKvError compact_kv_cpu(const CompactKvParams& params, const KvTensor* tensors, int64_t num_tensors);
 
 // Launches on `stream` (a cudaStream_t) and returns the error's text, null on success. Moves whose source or
 // destination lies outside a tensor are left out, since the path is not read on the host.

@@ -7,23 +7,23 @@
 namespace specfuse {
 namespace {
 
-const char* check(const CompactKvParams& p, const KvTensor* tensors, int64_t num_tensors) {
+CompactKvError check(const CompactKvParams& p, const KvTensor* tensors, int64_t num_tensors) {
   for (int64_t b = 0; b < p.B; ++b) {
     const int32_t n = p.length[b];
-    if (n < 0 || n > p.K) return "length must lie between 0 and the number of path slots";
+    if (n < 0 || n > p.K) return {"length must lie between 0 and the number of path slots", b, n};
     if (n <= 1) continue;
     const int32_t* path = p.path + b * p.K;
     for (int32_t i = 1; i < n; ++i) {
       if (path[i] <= path[i - 1] || path[i] < i)
-        return "path must increase strictly from node 0 along each row";
+        return {"path must increase strictly from node 0 along each row", b, path[i]};
     }
     for (int64_t t = 0; t < num_tensors; ++t) {
       if (p.start[b] < 0 || p.start[b] >= tensors[t].Smax - path[n - 1]) {
-        return "start plus the last path node must lie inside every kv tensor";
+        return {"start plus the last path node must lie inside every kv tensor", b, p.start[b]};
       }
     }
   }
-  return nullptr;
+  return {};
 }
 
 void compact_row(const KvTensor& kv, int64_t b, const int32_t* path, int32_t n, int64_t start) {
@@ -38,8 +38,8 @@ void compact_row(const KvTensor& kv, int64_t b, const int32_t* path, int32_t n, 
 
 }  // namespace
 
-const char* compact_kv_cpu(const CompactKvParams& p, const KvTensor* tensors, int64_t num_tensors) {
-  if (const char* error = check(p, tensors, num_tensors)) return error;
+CompactKvError compact_kv_cpu(const CompactKvParams& p, const KvTensor* tensors, int64_t num_tensors) {
+  if (const CompactKvError error = check(p, tensors, num_tensors); error.message) return error;
   for (int64_t b = 0; b < p.B; ++b) {
     const int32_t* path = p.path + b * p.K;
     const int32_t n = p.length[b];
@@ -47,7 +47,7 @@ const char* compact_kv_cpu(const CompactKvParams& p, const KvTensor* tensors, in
     if (n <= 1 || path[n - 1] == n - 1) continue;
     for (int64_t t = 0; t < num_tensors; ++t) compact_row(tensors[t], b, path, n, p.start[b]);
   }
-  return nullptr;
+  return {};
 }
 
 }  // namespace specfuse

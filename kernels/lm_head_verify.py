@@ -13,8 +13,8 @@ per four logits, only where a row of the program is sampled. So a few percent ar
 and only if the product is as fast as a tuned library's.
 
 Programs of one head tile and different rows run next to each other, so that the head comes from L2 after the
-first. Hidden states come from L2 for each of the V / BLOCK_V tiles: a tile of fewer tokens than rows reads
-more of them than of the head.
+first. Each of the V / BLOCK_V tiles reads all hidden states from L2 again: where BLOCK_V is below B * N, that
+is more than it reads of the head.
 
 Limits: no top-k, top-p or min-p, which need more than one number per tile; V below 2**31; compiled and
 interpreted, not run on a GPU. Scores are float32: tokens can differ from the reference where two of them

@@ -57,16 +57,25 @@ torch.library.impl("specfuse::compact_kv", "default", _reference)
 def _check_values(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor) -> None:
     """The checks of csrc/compact_kv_cpu.cpp, in its words."""
     slots = min((t.shape[2] for t in kv), default=0)
-    for nodes, n, first in zip(path.tolist(), length.tolist(), start.tolist(), strict=True):
+    rows = zip(path.tolist(), length.tolist(), start.tolist(), strict=True)
+    for row, (nodes, n, first) in enumerate(rows):
         if not 0 <= n <= len(nodes):
-            raise ValueError(f"length must lie between 0 and the number of path slots, got {n}")
-        pairs = enumerate(itertools.pairwise(nodes[:n]), start=1)
-        if any(node <= previous or node < i for i, (previous, node) in pairs):
-            raise ValueError(f"path must increase strictly from node 0 along each row, got {nodes[:n]}")
-        if n > 1 and kv and (first < 0 or first + nodes[n - 1] >= slots):
-            raise ValueError(f"start plus the last path node must lie inside every kv tensor, got {first}")
+            message, value = "length must lie between 0 and the number of path slots", n
+        elif (wrong := _not_increasing(nodes[:n])) is not None:
+            message, value = "path must increase strictly from node 0 along each row", wrong
+        elif n > 1 and kv and (first < 0 or first + nodes[n - 1] >= slots):
+            message, value = "start plus the last path node must lie inside every kv tensor", first
+        else:
+            continue
+        raise ValueError(f"{message}, got {value} in row {row}")
     for t in kv:
         _check_memory(t)
+
+
+def _not_increasing(nodes: list[int]) -> int | None:
+    """The first node that does not lie behind the one before it and where the tree may have it."""
+    pairs = enumerate(itertools.pairwise(nodes), start=1)
+    return next((node for i, (previous, node) in pairs if node <= previous or node < i), None)
 
 
 def _check_memory(t: Tensor) -> None:
@@ -133,15 +142,17 @@ def compact_kv(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor
 
     Args:
         kv: the keys and values of all layers, each ``[B, G, Smax, D]`` in any dtype of 1, 2, 4 or 8 bytes.
-            Only D must be contiguous; G, Smax, D and strides may differ between tensors. Changed in place.
+            Only D must be contiguous; G, Smax, D and strides may differ between tensors. Changed in place;
+            no slot may lie in memory twice, in one tensor or in two.
         path: ``[B, K]`` int32 visited nodes as :func:`verify_tree` returns them: strictly increasing from 0.
         length: ``[B]`` int32 visited nodes per row, 0 for a row to leave alone.
         start: ``[B]`` int64 (or int32) slot of tree node 0 in that row.
 
     Raises:
-        ValueError: naming the argument, for a wrong shape, dtype or device; and, on the CPU, for a path that
-            does not increase or leaves the cache (nothing is moved then). On a GPU such moves are left out
-            instead. A kv tensor that requires grad, unless gradients are off.
+        ValueError: naming the argument, for a wrong shape, dtype or device, memory shared within a kv tensor
+            (``expand``), or a kv tensor that requires grad unless gradients are off; and, on the CPU, for a
+            length beyond K, or a path that does not increase or leaves the cache (nothing is moved then). On
+            a GPU such moves are left out instead.
 
     Source: the cache update of tree decoding, Miao et al., "SpecInfer", ASPLOS 2024, section 4.
     """
