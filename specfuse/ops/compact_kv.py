@@ -159,6 +159,6 @@ def compact_kv(kv: Sequence[Tensor], path: Tensor, length: Tensor, start: Tensor
     kv = list(kv)
     if torch.is_grad_enabled():
         for i, t in enumerate(kv):
-            if t.requires_grad:
+            if getattr(t, "requires_grad", False):
                 raise ValueError(f"kv[{i}] must not require grad: it is changed in place (torch.no_grad())")
     _op(kv, path, length, start.to(torch.int64) if start.dtype == torch.int32 else start)
