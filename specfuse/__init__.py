@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from specfuse.ops.verify_tree import AcceptedPath as AcceptedPath
     from specfuse.ops.verify_tree import verify_tree as verify_tree
     from specfuse.ops.verify_tree_rejection import verify_tree_rejection as verify_tree_rejection
+    from specfuse.plan import Plan as Plan
+    from specfuse.plan import plan as plan
     from specfuse.session import VideoSession as VideoSession
     from specfuse.stats import GenerationStats as GenerationStats
     from specfuse.tree import TokenTree as TokenTree
@@ -53,6 +55,7 @@ _HOME = {
     "Drafter": "specfuse.drafters",
     "GenerationStats": "specfuse.stats",
     "ModelDrafter": "specfuse.drafters",
+    "Plan": "specfuse.plan",
     "PromptLookupDrafter": "specfuse.drafters",
     "SpeculativeGenerator": "specfuse.generate",
     "TokenTree": "specfuse.tree",
@@ -65,6 +68,7 @@ _HOME = {
     "generate": "specfuse.generate",
     "patch": "specfuse.vision_cache",
     "patched": "specfuse.vision_cache",
+    "plan": "specfuse.plan",
     "register_attention": "specfuse.attention",
     "tree_attention": "specfuse.ops.tree_attention",
     "unpatch": "specfuse.vision_cache",
@@ -86,7 +90,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Keeps ``specfuse.generate`` the function where importing the submodule would put the module."""
+    """Keeps ``specfuse.generate`` and ``specfuse.plan`` functions where importing puts the submodules."""
 
     @property
     def generate(self) -> Any:
@@ -94,6 +98,14 @@ class _Package(types.ModuleType):
 
     @generate.setter
     def generate(self, submodule: Any) -> None:
+        pass
+
+    @property
+    def plan(self) -> Any:
+        return importlib.import_module("specfuse.plan").plan
+
+    @plan.setter
+    def plan(self, submodule: Any) -> None:
         pass
 
 

@@ -26,8 +26,9 @@ def in_a_fresh_python(code: str) -> str:
     ).stdout.strip()
 
 
-def test_generate_stays_a_function_once_its_module_is_imported():
-    code = "import specfuse.generate, specfuse; print(type(specfuse.generate).__name__)"
+@pytest.mark.parametrize("name", ["generate", "plan"])
+def test_a_function_stays_one_once_its_module_is_imported(name):
+    code = f"import specfuse.{name}, specfuse; print(type(specfuse.{name}).__name__)"
     assert in_a_fresh_python(code) == "function"
 
 

@@ -16,6 +16,7 @@ import typer
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "generate": ("specfuse.cli.generate", "generate", "Answer a question about a video."),
     "replay": ("specfuse.cli.replay", "replay", "Run recorded answers through a drafter; needs no model."),
+    "plan": ("specfuse.cli.plan", "plan", "Should I speculate? Measure costs and drafts on a sample."),
     "doctor": ("specfuse.cli.doctor", "doctor", "Show versions, native code, backends; self-test every op."),
     "init-tiny": ("specfuse.cli.init_tiny", "init_tiny", "Write a tiny random Video-LLaVA directory."),
 }
