@@ -27,3 +27,17 @@ def working(text: str, shown: bool = True) -> Iterator[None]:
 def print_json(value: Any) -> None:
     """Prints ``value`` as the only thing on stdout."""
     print(json.dumps(value, indent=2))
+
+
+def pick_device(name: str) -> Any:
+    """The torch device of --device; ``auto`` is the GPU where there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name!r} can not be used: {str(error).splitlines()[0]}") from None
+    return device

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from specfuse.cli import UserError, print_json, working
+from specfuse.cli import UserError, pick_device, print_json, working
 
 if TYPE_CHECKING:
     from specfuse.drafters import Drafter
@@ -105,26 +105,13 @@ def _load(
     logging.set_verbosity_error()
     if not (progress and sys.stderr.isatty()):
         logging.disable_progress_bar()
-    where = _device(device)
+    where = pick_device(device)
     # Half precision on a CPU is emulated: slower than float32, and the answer is less exact.
     wanted = "float32" if dtype == "auto" and where.type == "cpu" else dtype
     weights = wanted if wanted == "auto" else getattr(torch, wanted)
     model, processor = load_video_llava(directory, dtype=weights, device=where)
     inputs = processor(text=FIRST_TURN.format(question=question), videos=clip, return_tensors="pt")
     return model, processor, inputs.to(where, model.dtype)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name!r} can not be used: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _drafter_factory(name: str, corpus: Path | None, target: Any) -> Callable[[], Drafter | None]:

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "plan": ("specfuse.cli.plan", "plan", "Should I speculate? Measure costs and drafts on a sample."),
     "doctor": ("specfuse.cli.doctor", "doctor", "Show versions, native code, backends; self-test every op."),
     "init-tiny": ("specfuse.cli.init_tiny", "init_tiny", "Write a tiny random Video-LLaVA directory."),
+    "train": ("specfuse.cli.train", "train", "Train a small model on the driving world."),
 }
 
 

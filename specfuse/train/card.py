@@ -1,0 +1,142 @@
+"""What goes beside the weights: the model card and the loss curves."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specfuse.data.world import FACTUAL, WORLD_SEED
+from specfuse.train.evaluate import Accuracy
+from specfuse.train.loop import Progress
+
+CARD = """---
+library_name: transformers
+pipeline_tag: video-text-to-text
+license: apache-2.0
+---
+# Tiny Video-LLaVA, trained on specfuse's driving world
+
+A miniature: Hugging Face's `VideoLlavaForConditionalGeneration` with {parameters:,} parameters, for
+8 frames of 64 x 64 pixels, 65 tokens each. It knows the procedural driving world of `specfuse.data.world`
+and nothing else.
+
+- Data: world {world}, {train_clips} training clips; accuracy on {clips} of the held-out clips, whose drives
+  were never seen.
+- Command: `{command}`
+- Seed {seed}; {vision_steps} steps on frames in {vision_minutes:.1f} minutes, then {text_steps} steps on
+  answers in {text_minutes:.1f} minutes.
+- {versions}.
+
+## Accuracy on held-out clips
+
+Greedy answers to {questions} factual questions; the first sentence counts. "Most frequent" is what always
+giving the most frequent answer of each kind to these questions would reach.
+
+| kind | asked | right | most frequent |
+|---|---|---|---|
+{table}
+
+## Confusion
+
+True answer: what was said how often, for each kind.
+
+{confusion}
+
+## Examples
+
+{examples}
+
+    from transformers import AutoProcessor, VideoLlavaForConditionalGeneration
+    model = VideoLlavaForConditionalGeneration.from_pretrained("this directory")
+    processor = AutoProcessor.from_pretrained("this directory")
+"""
+
+
+def write_card(
+    directory: Path,
+    accuracy: Accuracy,
+    vision: Progress,
+    text: Progress,
+    examples: list[tuple[str, str, str]],
+    about: dict[str, Any],
+) -> None:
+    """Writes ``README.md``; ``examples`` are question, answer given and the answer in the data."""
+    said = "\n\n".join(f"**{q}**\n\nmodel: {a}\n\ndata: {wanted}" for q, a, wanted in examples)
+    card = CARD.format(
+        world=WORLD_SEED,
+        clips=accuracy.clips,
+        questions=sum(accuracy.asked.values()),
+        vision_steps=vision.step,
+        vision_minutes=vision.seconds / 60,
+        text_steps=text.step,
+        text_minutes=text.seconds / 60,
+        versions=_versions(),
+        table=accuracy_table(accuracy),
+        confusion=confusion_lines(accuracy),
+        examples=said,
+        **about,
+    )
+    (directory / "README.md").write_text(card)
+
+
+def _versions() -> str:
+    import torch
+    import transformers
+
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"Python {platform.python_version()}, {libraries}"
+
+
+def accuracy_table(accuracy: Accuracy) -> str:
+    """Lines of a Markdown table, one for each kind of question and one for all."""
+    lines = []
+    guessed = 0
+    for kind in FACTUAL:
+        if not (asked := accuracy.asked[kind]):
+            continue
+        truths: dict[str, int] = {}
+        for (true, _), count in accuracy.confusion[kind].items():
+            truths[true] = truths.get(true, 0) + count
+        guessed += max(truths.values())
+        lines.append(f"| {kind} | {asked} | {accuracy.of(kind):.1%} | {max(truths.values()) / asked:.1%} |")
+    asked = max(sum(accuracy.asked.values()), 1)
+    return "\n".join([*lines, f"| **all** | {asked} | **{accuracy.overall:.1%}** | {guessed / asked:.1%} |"])
+
+
+def confusion_lines(accuracy: Accuracy) -> str:
+    """One line for each kind and true answer."""
+    lines = []
+    for kind in FACTUAL:
+        pairs: dict[tuple[str, str], int] = dict(accuracy.confusion.get(kind, {}))
+        for true in sorted({pair[0] for pair in pairs}):
+            said = sorted(((n, s) for (t, s), n in pairs.items() if t == true), reverse=True)
+            lines.append(f"- {kind}, {true}: " + ", ".join(f"{s} {n}" for n, s in said))
+    return "\n".join(lines)
+
+
+def write_curves(directory: Path, stages: dict[str, Progress]) -> bool:
+    """Writes ``loss.png``, one panel for each stage; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 3.2), squeeze=False)
+    for axis, (name, progress) in zip(axes[0], stages.items(), strict=True):
+        losses = np.array(progress.losses)
+        window = max(len(losses) // 50, 1)
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axis.plot(losses, color="0.8", linewidth=0.8)
+        axis.plot(np.arange(len(smooth)) + window / 2, smooth, linewidth=1.5)
+        axis.set(
+            title=f"{name}, {progress.seconds / 60:.1f} minutes", xlabel="step", ylabel="loss", yscale="log"
+        )
+    figure.tight_layout()
+    figure.savefig(directory / "loss.png", dpi=110)
+    pyplot.close(figure)
+    return True

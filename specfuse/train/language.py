@@ -1,0 +1,103 @@
+"""Stage 2: projector and language model learn to answer, at first on the tower as stage 1 left it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from specfuse.train.batches import IGNORED, Rows, generator, pixels, prompt_start, rows
+from specfuse.train.clip_store import Clips
+from specfuse.train.presets import Preset
+from specfuse.train.vision import read_layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, VideoLlavaForConditionalGeneration
+    from transformers.cache_utils import Cache
+
+
+class Features:
+    """What the frozen tower says about clips: computed when first asked for, then kept in half precision."""
+
+    def __init__(self, tower: torch.nn.Module, clips: Clips):
+        self._tower, self._clips = tower, clips
+        self._kept: dict[int, Tensor] = {}
+
+    def live(self, chosen: list[int]) -> Tensor:
+        """``[M, 8 * 65, D]`` with gradients, for positions in the clips."""
+        pictures = pixels(self._clips.frames[chosen]).to(next(self._tower.parameters()).device)
+        features = read_layer(self._tower, pictures.flatten(0, 1))
+        return features.unflatten(0, pictures.shape[:2]).flatten(1, 2)
+
+    @torch.no_grad()
+    def frozen(self, chosen: list[int]) -> Tensor:
+        """The same without gradients, as the tower was when a clip was first asked for."""
+        if missing := [clip for clip in chosen if clip not in self._kept]:
+            for clip, features in zip(missing, self.live(missing), strict=True):
+                self._kept[clip] = features.half()
+        return torch.stack([self._kept[clip] for clip in chosen]).float()
+
+
+def start_cache(model: VideoLlavaForConditionalGeneration, start: list[int], features: Tensor) -> Cache:
+    """Keys and values of the start of a prompt, for ``features [M, 520, D]`` of M clips."""
+    from transformers import DynamicCache
+
+    inner = model.model
+    ids = torch.tensor(start, device=features.device)
+    embeddings = inner.get_input_embeddings()(ids).expand(len(features), -1, -1)
+    video = ids == model.config.video_token_index
+    places = video[None, :, None].expand_as(embeddings)
+    video_embeddings = inner.multi_modal_projector(features).to(embeddings.dtype)
+    embeddings = embeddings.masked_scatter(places, video_embeddings)
+    cache = DynamicCache(config=model.config.text_config)
+    inner.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def repeat_cache(cache: Cache, times: int) -> Cache:
+    """Every row of a cache ``times`` times in a row; gradients flow back to the one."""
+    from transformers import DynamicCache
+
+    repeated = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        keys, values = (x.repeat_interleave(times, 0) for x in (layer.keys, layer.values))
+        repeated.update(keys, values, index)
+    return repeated
+
+
+def answer_loss(
+    model: VideoLlavaForConditionalGeneration, start: list[int], features: Tensor, text: Rows
+) -> Tensor:
+    """Weighted mean loss over the answers' tokens; ``text`` has as many rows for each clip, in order."""
+    device = features.device
+    cache = repeat_cache(start_cache(model, start, features), len(text.ids) // len(features))
+    # Padding is on the right, where causal attention does not look.
+    states = model.model.language_model(
+        inputs_embeds=model.get_input_embeddings()(text.ids.to(device)), past_key_values=cache, use_cache=True
+    ).last_hidden_state
+    targets = text.targets.to(device)
+    said = targets != IGNORED
+    losses = cross_entropy(model.lm_head(states[said]).float(), targets[said], reduction="none")
+    weights = text.weights.to(device)[said]
+    return (losses * weights).sum() / weights.sum()
+
+
+class LanguageBatches:
+    """The batches of stage 2; which one depends on seed and step alone."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, clips: Clips, preset: Preset, seed: int):
+        self.start = prompt_start(tokenizer)
+        self._tokenizer, self._clips, self._preset, self._seed = tokenizer, clips, preset, seed
+
+    def at(self, step: int) -> tuple[list[int], Rows]:
+        """Positions of the clips of a step, and rows of text about them."""
+        draw = generator(self._seed, 2, step)
+        chosen = draw.integers(len(self._clips.indices), size=self._preset.text_clips).tolist()
+        picked = []
+        for clip in chosen:
+            asked = self._clips.questions[clip]
+            places = draw.choice(len(asked), size=self._preset.questions, replace=False)
+            picked += [asked[i] for i in places]
+        return chosen, rows(self._tokenizer, picked)

@@ -1,0 +1,117 @@
+"""The training loop of every stage: a rate that follows the time left, and what a run resumes from."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP = 60  # steps
+LAST_RATE = 0.02  # of the highest
+CLIP_NORM = 1.0
+SAVE_EVERY_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Budget:
+    """How long a stage lasts: a number of steps if given, else seconds of training."""
+
+    seconds: float
+    steps: int | None = None
+
+    def share(self, step: int, seconds: float) -> float:
+        """How much of it is used, 0 to 1."""
+        used = seconds / max(self.seconds, 1e-9) if self.steps is None else step / max(self.steps, 1)
+        return min(used, 1.0)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one stage is."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+def rate_at(step: int, share: float) -> float:
+    """The learning rate as a share of the highest: a short linear rise, then half a cosine."""
+    falling = LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * share))
+    return min(1.0, (step + 1) / WARM_UP) * falling
+
+
+def run_stage(
+    optimizer: torch.optim.Optimizer,
+    loss_at: Callable[[int, float], Tensor],
+    budget: Budget,
+    progress: Progress,
+    save: Callable[[], None],
+    report: Callable[[Progress, float], None],
+) -> None:
+    """Trains until the budget is used; ``loss_at(step, share of the budget)`` is the loss of one batch.
+
+    Groups of ``optimizer`` carry their highest learning rate as ``"rate"``.
+
+    Raises:
+        FloatingPointError: the loss is not a number any more.
+    """
+    saved = time.monotonic()
+    while (share := budget.share(progress.step, progress.seconds)) < 1:
+        began = time.monotonic()
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * rate_at(progress.step, share)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_at(progress.step, share)
+        if not math.isfinite(value := loss.item()):
+            raise FloatingPointError(f"the loss is {value} at step {progress.step}")
+        loss.backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        optimizer.step()
+        progress.step += 1
+        progress.losses.append(value)
+        progress.seconds += time.monotonic() - began
+        report(progress, budget.share(progress.step, progress.seconds))
+        if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+            save()
+            saved = time.monotonic()
+    save()
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes what a run resumes from; an interrupted write leaves the old file."""
+    part = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Reads it back.
+
+    Raises:
+        FileNotFoundError: nothing to resume from.
+        ValueError: a broken file, or one of a run with other settings.
+    """
+    if not path.exists():
+        raise FileNotFoundError(2, "no training to resume", str(path))
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["settings"]
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        text = (" ".join(str(error).split()) or type(error).__name__)[:120]
+        raise ValueError(f"{path} is no training state or is broken: {text}") from None
+    except Exception as error:  # what unpickling raises on garbage has no common base class
+        raise ValueError(f"{path} is no training state or is broken: {type(error).__name__}") from None
+    different = [name for name, value in settings.items() if found.get(name) != value]
+    if different:
+        name = different[0]
+        raise ValueError(f"{path} belongs to a run with {name}={found.get(name)!r}, not {settings[name]!r}")
+    return state
