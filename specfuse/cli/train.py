@@ -77,7 +77,8 @@ class _progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._tasks:
+            self._bars.stop()
 
     def __call__(self, stage: str, share: float, text: str) -> None:
         if stage not in self._tasks:
