@@ -190,9 +190,11 @@ bool Row::select(double before, double target, double tolerance, Cut* cut) {
 }
 
 // Keeps tokens of at least min_p times the largest probability; `cut` is what the earlier filters left.
+// Logarithms are compared: at high temperatures weights round to equal ones.
 Cut Row::min_p_cut(double min_p, double temperature, Cut cut) const {
-  const double threshold = max_ + std::log(min_p) * temperature;
-  // Only values this close to the threshold need the exact weight.
+  const double log_min_p = std::log(min_p), scaled_max = max_ / temperature;
+  const double threshold = max_ + log_min_p * temperature;
+  // Only values this close to the threshold need the division.
   const double slack = 1e-9 * (std::fabs(threshold) + std::fabs(max_) + temperature);
   float lowest = max_;
   for (size_t chunk = 0; chunk < maxima_.size(); ++chunk) {
@@ -201,7 +203,7 @@ Cut Row::min_p_cut(double min_p, double temperature, Cut cut) const {
     for (int64_t i = chunk * kChunk; i < end; ++i) {
       const float value = x_[i];
       if (value >= lowest || value < threshold - slack) continue;
-      if (value > threshold + slack || weight(value, temperature) >= min_p) lowest = value;
+      if (value > threshold + slack || value / temperature - scaled_max >= log_min_p) lowest = value;
     }
   }
   return lowest > cut.value ? Cut{lowest, p_.V} : cut;

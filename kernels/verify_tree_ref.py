@@ -19,13 +19,14 @@ def filter_logits(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     """
     if 0 < top_k < z.numel():
         z = z.masked_fill(z < z.topk(top_k).values[-1], -math.inf)
-    weights = torch.exp(z - z.max())  # not normalised: every rule below is homogeneous
+    top = z.max()
+    weights = torch.exp(z - top)  # not normalised: the rule below is homogeneous
     if top_p < 1.0:
-        ordered, ids = weights.sort(descending=True, stable=True)
-        mass = ordered.cumsum(0)
+        ids = z.sort(descending=True, stable=True).indices  # of logits: weights may round to equal ones
+        mass = weights[ids].cumsum(0)
         before = torch.cat((mass.new_zeros(1), mass[:-1]))
         z = z.index_fill(0, ids[before >= top_p * mass[-1]], -math.inf)
-    return z.masked_fill(weights < min_p, -math.inf)
+    return z.masked_fill(z - top < math.log(min_p), -math.inf) if min_p > 0.0 else z
 
 
 def emit(

@@ -48,7 +48,7 @@ def generate(
         model: a Hugging Face decoder-only model, e.g. ``VideoLlavaForConditionalGeneration``.
         drafter: ``"auto"`` (a :class:`CorpusDrafter` kept for this model object, together with prompt
             lookup: the more it has answered, the faster it answers), a :class:`Drafter`, or None for plain
-                decoding.
+            decoding.
         max_nodes: drafted tokens that one pass may verify per row.
         seed: for sampling: an int (row b uses ``seed + b``) or B ints. The same seed gives the same tokens
             with any drafter, None included. None draws one from torch's default generator.

@@ -206,6 +206,9 @@ def test_kept_tokens_are_those_of_transformers(top_k: int, top_p: float, min_p: 
         ([2.0, 2.0, 1.0, -INF], {"min_p": 1.0}, {0, 1}),
         ([0.0, -INF, -INF, 0.0], {"top_k": 3}, {0, 3}),
         ([5.0, 5.0, 5.0, 5.0], {"top_k": 1, "top_p": 0.75}, {0, 1, 2}),
+        # Weights that round to equal ones are no ties.
+        ([1.0, 4.0, 2.0, 3.0], {"top_p": 0.4, "temperature": 1e30}, {1, 3}),
+        ([1.0, 4.0, 4.0, 3.0], {"min_p": 1.0, "temperature": 1e30}, {1, 2}),
     ],
 )
 def test_what_filters_keep_in_ties(logits: list[float], rule: dict[str, float], kept: set[int]) -> None:
@@ -213,7 +216,7 @@ def test_what_filters_keep_in_ties(logits: list[float], rule: dict[str, float], 
     rows = torch.tensor(logits).expand(400, 1, 4)
     args = arguments(
         rows, torch.zeros(400, 1, dtype=torch.int64), torch.full((400, 1), -1, dtype=torch.int32),
-        temperature=1.0, **rule,
+        **{"temperature": 1.0, **rule},
     )  # fmt: skip
     drawn = op(*args)[2]
     assert set(drawn.tolist()) == kept

@@ -86,7 +86,8 @@ def kept_oracle(x: list[float], temperature: float, top_k: int, top_p: float, mi
             kept.append(v)
             before += weight[v]
         order = kept
-    return [v for v in order if weight[v] >= min_p]
+    floor = math.log(min_p) if min_p > 0.0 else -math.inf  # weights may round to 1
+    return [v for v in order if x[v] / temperature - x[order[0]] / temperature >= floor]
 
 
 def emit_oracle(
