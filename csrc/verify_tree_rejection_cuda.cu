@@ -71,10 +71,10 @@ __device__ __noinline__ Emission sample(const Tree& tree, int node, int64_t posi
   Sums sums{0.0, 0.0};
   if (leaf) residual.q = DraftRow{nullptr, 0, 0, LogitsDtype::kFloat32, nullptr};
   if (!leaf) residual.begin();
-  const Sums outside = residual.over_tokens(0.0f);
+  const Sums outside = residual.over_tokens(taken_of(0.0));
   sums = outside;
   if (!leaf && sparse) {
-    sums = residual.over_entries(0.0f);
+    sums = residual.over_entries(taken_of(0.0));
     sums.left += outside.left;
   }
   if (sums.drawable != sums.drawable) return no_distribution();
@@ -90,16 +90,16 @@ __device__ __noinline__ Emission sample(const Tree& tree, int node, int64_t posi
     if (!(draft > 0.0f)) continue;  // cannot have been drawn
     const double u = (noise_word(tree.seed, position, ordinal, NoiseStream::kCoin) >> 8) * 0x1p-24;
     const double step = sums.left / sums.drawable;
-    if (left_of(p[token], static_cast<float>(taken + u * step), draft) > 0.0f) return emission(token, child);
+    if (left_of(p[token], taken_of(taken + u * step), draft) > 0.0f) return emission(token, child);
     residual.remove(token);
-    const float next = static_cast<float>(taken + step);
+    const Taken next = taken_of(taken + step);
     Sums after = sparse ? residual.over_entries(next) : residual.over_tokens(next);
     if (sparse) after.left += outside.left;
     // Nothing left by rounding only: a rejection has probability 0 where p = q.
     if (after.left > 0.0) taken += step, sums.left = after.left;
     sums.drawable = after.drawable;
   }
-  const int64_t token = residual.draw(static_cast<float>(taken), tree.seed, position);
+  const int64_t token = residual.draw(taken_of(taken), tree.seed, position);
   if (token < 0) return no_distribution();
   return emission(token, tree.next_child(node, node, &token));
 }
@@ -128,7 +128,7 @@ __device__ Emission visit(const VerifyTreeRejectionParams& params, Group& group,
   Residual<kDtype> residual{group, shared, target, q, params.with_replacement};
   if (greedy) {
     residual.q = DraftRow{nullptr, 0, 0, LogitsDtype::kFloat32, nullptr};
-    const double mass = residual.over_tokens(0.0f).left;
+    const double mass = residual.over_tokens(taken_of(0.0)).left;
     const int64_t token = token_of(top);
     // inf - inf: a row with an infinite logit has an argmax but no probabilities.
     const float logprob = max == INFINITY ? NAN : static_cast<float>(-log(mass));

@@ -98,9 +98,20 @@ struct Target {
   __device__ __forceinline__ float operator[](int64_t token) const { return weight(row[token], token); }
 };
 
+// S of verify_tree_rejection.h as value * up, up a power of two: what is left of q without replacement may be
+// as small as 1e-45, and S then exceeds a float.
+struct Taken {
+  float value, up;
+};
+
+__device__ __forceinline__ Taken taken_of(double s) {
+  if (s < 0x1p64) return {static_cast<float>(s), 1.0f};
+  return {static_cast<float>(s * 0x1p-100), 0x1p100f};
+}
+
 // One rounding, so that it is monotonic in s: what a coin rejects has nothing left afterwards.
-__device__ __forceinline__ float left_of(float p, float s, float q) {
-  return fmaxf(fmaf(-s, q, p), 0.0f);
+__device__ __forceinline__ float left_of(float p, const Taken& s, float q) {
+  return fmaxf(fmaf(-s.value, q * s.up, p), 0.0f);
 }
 
 struct Sums {
@@ -210,7 +221,7 @@ struct Residual {
   }
 
   // Over the slice; tokens that a sparse q knows are left out.
-  __device__ __noinline__ Sums over_tokens(float s) const {
+  __device__ __noinline__ Sums over_tokens(Taken s) const {
     Sums sums{0.0, 0.0};
     for (int64_t first = p.slice.begin + threadIdx.x * kTokensPerThread; first < p.slice.end;
          first += kThreads * kTokensPerThread) {
@@ -236,7 +247,7 @@ struct Residual {
   }
 
   // Over the entries of a sparse q, by every block for itself.
-  __device__ __noinline__ Sums over_entries(float s) const {
+  __device__ __noinline__ Sums over_entries(Taken s) const {
     Sums sums{0.0, 0.0};
     for (int64_t j = threadIdx.x; j < q.W; j += kThreads) {
       if (!in_vocabulary(q.ids[j])) continue;
@@ -247,7 +258,7 @@ struct Residual {
   }
 
   // The token of the largest left / -log(u), which is the Gumbel-argmax; ties go to the lowest id.
-  __device__ __noinline__ int64_t draw(float s, int64_t seed, int64_t position) const {
+  __device__ __noinline__ int64_t draw(Taken s, int64_t seed, int64_t position) const {
     unsigned long long best = 0;
     float reach = 0.0f;  // of the thread's best score, 2^-24: what is smaller has no chance
     for (int64_t first = p.slice.begin + threadIdx.x * kTokensPerThread; first < p.slice.end;

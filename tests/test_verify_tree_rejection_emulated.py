@@ -131,6 +131,22 @@ def test_rejected_tokens_leave_q(emulated: ModuleType, cluster: int, sparse: boo
     assert_same(verify(emulated, cluster, *args), expected)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@replacement
+def test_little_of_q_is_left(emulated: ModuleType, with_replacement: bool, sparse: bool) -> None:
+    """A sure drafter's second draft: without the first, q is so small that p / q exceeds a float."""
+    B, q = 40, torch.tensor([0.9, 1e-40, 3e-42, 0.0, 0.0])
+    logits = torch.tensor([0.0, 1.0, 1.5, 0.5, -math.inf]).expand(B, 4, 5)
+    tokens = torch.tensor([[0, 0, 1, 2]]).repeat(B, 1)
+    parents = torch.tensor([[-1, 0, 0, 0]], dtype=torch.int32).repeat(B, 1)
+    rows = q.expand(B, 4, 5)
+    drafts = to_sparse(rows, 4) if sparse else (rows, None)
+    args = op_arguments(logits, *drafts, with_replacement, tokens, parents)
+    expected = verify_tree_rejection_ref(*args)
+    assert with_replacement or len(expected[0][:, 1].unique()) == 4  # each child, and none of them
+    assert_same(verify(emulated, 2, *args), expected)
+
+
 @clusters
 @pytest.mark.parametrize(
     "broken", [math.nan, -math.inf, math.inf, "q nan", "q negative", "q infinite", "q zero"]
