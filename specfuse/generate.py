@@ -27,6 +27,7 @@ from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
 from specfuse.stats import Clock, GenerationStats
 from specfuse.tree import TokenTree
+from specfuse.tree_size import LARGEST, TreeSize, costs_of
 from specfuse.verify import verify
 
 
@@ -34,7 +35,7 @@ def generate(
     model: PreTrainedModel,
     drafter: Drafter | str | None = "auto",
     *,
-    max_nodes: int = 32,
+    max_nodes: int | str = 32,
     seed: int | Sequence[int] | Tensor | None = None,
     draft_inputs: Mapping[str, Tensor] | None = None,
     evidence: Sequence[Sequence[int] | None] | None = None,
@@ -49,7 +50,8 @@ def generate(
         drafter: ``"auto"`` (a :class:`CorpusDrafter` kept for this model object, together with prompt
             lookup: the more it has answered, the faster it answers), a :class:`Drafter`, or None for plain
             decoding.
-        max_nodes: drafted tokens that one pass may verify per row.
+        max_nodes: drafted tokens that one pass may verify per row, or ``"auto"``: up to 64, as many as pay by
+            the costs of passes measured on the way, none where none do.
         seed: for sampling: an int (row b uses ``seed + b``) or B ints. The same seed gives the same tokens
             with any drafter, None included. None draws one from torch's default generator.
         draft_inputs: inputs for the drafter alone (its own prompt, its own pixels), where it takes any.
@@ -74,7 +76,7 @@ def generate(
 def custom_generate(
     drafter: Drafter | str | None = "auto",
     *,
-    max_nodes: int = 32,
+    max_nodes: int | str = 32,
     seed: int | Sequence[int] | Tensor | None = None,
     draft_inputs: Mapping[str, Tensor] | None = None,
     evidence: Sequence[Sequence[int] | None] | None = None,
@@ -108,13 +110,14 @@ class SpeculativeGenerator:
     """
 
     def __init__(
-        self, model: PreTrainedModel, drafter: Drafter | str | None = "auto", *, max_nodes: int = 32
+        self, model: PreTrainedModel, drafter: Drafter | str | None = "auto", *, max_nodes: int | str = 32
     ):
-        if not isinstance(max_nodes, int) or not 1 <= max_nodes <= 1023:
-            raise ValueError(f"max_nodes must be an int from 1 to 1023, got {max_nodes!r}")
+        if max_nodes != "auto" and not (isinstance(max_nodes, int) and 1 <= max_nodes <= 1023):
+            raise ValueError(f"max_nodes must be 'auto' or an int from 1 to 1023, got {max_nodes!r}")
         self.model = model
         self.drafter = resolve_drafter(drafter, model)
-        self.max_nodes = max_nodes
+        self.sizes_itself = max_nodes == "auto"
+        self.max_nodes = LARGEST if isinstance(max_nodes, str) else max_nodes
         self.last_stats: GenerationStats | None = None
 
     def generate(
@@ -154,7 +157,7 @@ class SpeculativeGenerator:
         run = GenerationRun(
             model, answers, generation_config, logits_processor, model_kwargs, request, self.max_nodes
         )
-        pace = Backoff()
+        pace = self._pace(input_ids)
         drafts_first = self.drafter is not None and not self.drafter.needs_target
 
         tree = self._propose(run.state, pace) if drafts_first else root_only(run.state)
@@ -170,7 +173,8 @@ class SpeculativeGenerator:
             if not any(answers.running):
                 break
             if pace.asked:
-                pace.learn(sum(length - 1 for length in committed[1] if length), tree.width - 1)
+                accepted = [length - 1 for length in committed[1] if length]
+                pace.learn(sum(accepted), tree.width - 1, len(accepted), stats)
             tree = self._propose(run.state, pace)
             stats.draft_ms += clock.lap()
             positions = run.root_positions
@@ -187,7 +191,12 @@ class SpeculativeGenerator:
         if self.drafter is None or max(state.remaining, default=0) <= 1 or pace.rests():
             return leave_out_finished(root_only(state), state)
         tree = checked(self.drafter.propose(state, self.max_nodes), state, self.max_nodes, self.drafter)
-        return leave_out_finished(without_foreign_tokens(tree, state), state)
+        return leave_out_finished(pace.trim(without_foreign_tokens(tree, state)), state)
+
+    def _pace(self, input_ids: Tensor) -> Backoff:
+        if self.drafter is None or not self.sizes_itself:
+            return Backoff()
+        return TreeSize(costs_of(self.model, self.drafter, *input_ids.shape))
 
     def _learn(self, state: DraftState) -> None:
         if self.drafter is not None:

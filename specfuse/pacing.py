@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from specfuse.stats import GenerationStats
+from specfuse.tree import TokenTree
+
 
 class Backoff:
     """Skips drafting after passes in which no draft was accepted; any accepted draft ends it.
@@ -25,8 +28,21 @@ class Backoff:
         self.resting -= self.resting > 0
         return not self.asked
 
-    def learn(self, accepted: int, drafted: int = 1) -> None:
-        """Takes what asking the drafter came to: drafts accepted and made in that pass, all rows."""
+    def trim(self, tree: TokenTree) -> TokenTree:
+        """What is kept of a tree: here, all of it."""
+        return tree
+
+    def learn(
+        self, accepted: int, drafted: int = 1, rows: int = 1, stats: GenerationStats | None = None
+    ) -> None:
+        """Takes what a pass came to.
+
+        Args:
+            accepted: drafts, all rows.
+            drafted: drafts of the widest row.
+            rows: that took part.
+            stats: of the call so far.
+        """
         if accepted:
             self.failures = 0
             return

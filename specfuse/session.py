@@ -91,7 +91,7 @@ class VideoSession:
         processor: Any,
         video: str | os.PathLike[str] | np.ndarray | Tensor | Sequence[Any],
         drafter: Drafter | str | None = "auto",
-        max_nodes: int = 32,
+        max_nodes: int | str = 32,
         *,
         num_frames: int = 8,
         first_turn: str = FIRST_TURN,
