@@ -208,7 +208,7 @@ def case(name: str, p: Problem) -> Case:
         bytes=floor_bytes(p),
         sizes={"B": B, "N": N, "V": V, "W": p.q.shape[2]},
         small=B == 1,
-        compile=providers["eager"],
+        compile=providers["eager"] if (B, N) == (1, 16) else None,  # each takes the compiler many seconds
     )
 
 

@@ -9,7 +9,7 @@
 // one more per rejection and one for the draw, an estimated 2 to 3 us each.
 //
 // A coin or a draw is decided in float32: the definition in double may decide otherwise where the two sides
-// agree to about 1e-5. V below 2^31. Compiled and emulated, not run on a GPU.
+// agree to about 1e-5 of p before any rejection. V below 2^31. Compiled and emulated, not run on a GPU.
 #include "verify_tree_rejection_cuda_residual.cuh"
 
 namespace specfuse {
