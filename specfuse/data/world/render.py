@@ -98,7 +98,7 @@ def _runs(
     """Consecutive frames that one order from far to near is right for, so that each run is painted at once.
 
     Only things that may overlap in the picture need the right order: the picture is the same as if every
-    frame were sorted on its own.
+    frame were sorted on its own, to a few grey levels where soft edges of neighbours meet.
     """
     count = len(places)
     if count == 0 or frames_ == 0:
