@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from specfuse.data.world import clip, split
+from specfuse.data.world import clip, score, split
 from specfuse.data.world.score import READINGS
 from specfuse.session import FIRST_TURN
 from specfuse.train.batches import IGNORED, pixels, prompt_end, prompt_start, rows
 from specfuse.train.build import VIDEO_TOKENS, build_processor
 from specfuse.train.clip_store import Clips, load_clips
 from specfuse.train.labels import CENTRES, FACTS, SHOWN, UNKNOWN
+from specfuse.train.language import LanguageBatches
+from specfuse.train.presets import preset
 from specfuse.train.tokenizer import PROMPT, train_tokenizer
 
 
@@ -113,6 +115,26 @@ def test_rows_continue_the_tokens_of_the_processor(clips: Clips, tokenizer) -> N
         prompt_end(tokenizer, asked[0].text)
         == text.ids[0, : len(prompt_end(tokenizer, asked[0].text))].tolist()
     )
+
+
+def test_rows_of_facts_end_with_the_fact(clips: Clips, tokenizer) -> None:
+    asked = [question for question in clips.questions[0] if question.factual]
+    text = rows(tokenizer, asked, facts_only=True)
+    for question, targets in zip(asked, text.targets, strict=True):
+        said = tokenizer.decode(targets[targets != IGNORED]).strip()
+        assert said == question.long.partition(". ")[0].rstrip(".")
+        assert score(question, said)
+
+
+def test_batches_depend_on_seed_and_step_alone(clips: Clips, tokenizer) -> None:
+    first, second = (LanguageBatches(tokenizer, clips, preset("micro"), seed=1) for _ in range(2))
+    for facts_only in (False, True):
+        chosen, text = first.at(7, facts_only=facts_only)
+        again, same = second.at(7, facts_only=facts_only)
+        assert chosen == again and torch.equal(text.ids, same.ids)
+        micro = preset("micro")
+        assert len(text.ids) == len(chosen) * (micro.fact_questions if facts_only else micro.questions)
+    assert not torch.equal(first.at(7)[1].ids, first.at(8)[1].ids)
 
 
 @pytest.mark.parametrize("text", ["", "Is it day?", "Straße 東京 \n\t 😀", "<video> in a question"])

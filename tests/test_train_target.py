@@ -150,12 +150,14 @@ def test_the_loss_with_a_shared_prefix_is_that_of_whole_prompts(trained: Path, c
     asked = [question for questions in clips.questions for question in questions[3:6]]
     text = rows(tokenizer, asked)
     start = prompt_start(tokenizer)
-    shared = answer_loss(model, start, Features(model.model.video_tower, clips).live([0, 1]), text)
+    shared, middle = answer_loss(model, start, Features(model.model.video_tower, clips).live([0, 1]), text)
     ids = torch.cat([torch.tensor(start).expand(6, -1), text.ids], 1)
     videos = pixels(clips.frames).repeat_interleave(3, 0)
-    logits = model(input_ids=ids, pixel_values_videos=videos).logits[:, len(start) :]
+    whole = model(input_ids=ids, pixel_values_videos=videos, output_hidden_states=True)
+    logits = whole.logits[:, len(start) :]
     each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), text.targets, reduction="none")
     torch.testing.assert_close(shared, (each * text.weights).sum() / text.weights.sum(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(middle, whole.hidden_states[1][::3, len(start) - 1], atol=1e-4, rtol=1e-4)
 
 
 def test_frozen_features_are_those_of_the_layer_that_the_model_reads(trained: Path, cache: Path) -> None:

@@ -58,14 +58,18 @@ def prompt_end(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
     return tokenizer(after.format(question=question), add_special_tokens=False).input_ids
 
 
-def rows(tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]) -> Rows:
-    """Rows of questions with the target's answers."""
+def rows(
+    tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question], *, facts_only: bool = False
+) -> Rows:
+    """Rows of questions with the target's answers; ``facts_only``: up to the fact, the rest left open."""
     encoded = []
     for question in questions:
         asked = prompt_end(tokenizer, question.text)
         said = _answer(tokenizer, question.long)
         # The fact stands in the first sentence; the others hold mostly a choice of words.
         first = len(_answer(tokenizer, question.long.partition(". ")[0])) - 1 if question.factual else 0
+        if facts_only:
+            said = said[:first]
         weights = [0.0] * (len(asked) - 1) + [FACT_WEIGHT] * first + [1.0] * (len(said) - first)
         encoded.append((asked + said[:-1], [IGNORED] * (len(asked) - 1) + said, weights))
     empty = (tokenizer.pad_token_id, IGNORED, 0.0)

@@ -42,6 +42,13 @@ class Features:
 
 def start_cache(model: VideoLlavaForConditionalGeneration, start: list[int], features: Tensor) -> Cache:
     """Keys and values of the start of a prompt, for ``features [M, 520, D]`` of M clips."""
+    return read_start(model, start, features)[0]
+
+
+def read_start(
+    model: VideoLlavaForConditionalGeneration, start: list[int], features: Tensor
+) -> tuple[Cache, Tensor]:
+    """The same, and what the middle layer holds at the last token of the video ``[M, D]``."""
     from transformers import DynamicCache
 
     inner = model.model
@@ -52,8 +59,10 @@ def start_cache(model: VideoLlavaForConditionalGeneration, start: list[int], fea
     video_embeddings = inner.multi_modal_projector(features).to(embeddings.dtype)
     embeddings = embeddings.masked_scatter(places, video_embeddings)
     cache = DynamicCache(config=model.config.text_config)
-    inner.language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
-    return cache
+    states = inner.language_model(
+        inputs_embeds=embeddings, past_key_values=cache, use_cache=True, output_hidden_states=True
+    ).hidden_states
+    return cache, states[model.config.text_config.num_hidden_layers // 2][:, -1]
 
 
 def repeat_cache(cache: Cache, times: int) -> Cache:
@@ -69,10 +78,14 @@ def repeat_cache(cache: Cache, times: int) -> Cache:
 
 def answer_loss(
     model: VideoLlavaForConditionalGeneration, start: list[int], features: Tensor, text: Rows
-) -> Tensor:
-    """Weighted mean loss over the answers' tokens; ``text`` has as many rows for each clip, in order."""
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean loss over the answers' tokens, and the middle layer at the last token of the video.
+
+    ``text`` has as many rows for each clip, in order.
+    """
     device = features.device
-    cache = repeat_cache(start_cache(model, start, features), len(text.ids) // len(features))
+    once, middle = read_start(model, start, features)
+    cache = repeat_cache(once, len(text.ids) // len(features))
     # Padding is on the right, where causal attention does not look.
     states = model.model.language_model(
         inputs_embeds=model.get_input_embeddings()(text.ids.to(device)), past_key_values=cache, use_cache=True
@@ -81,7 +94,7 @@ def answer_loss(
     said = targets != IGNORED
     losses = cross_entropy(model.lm_head(states[said]).float(), targets[said], reduction="none")
     weights = text.weights.to(device)[said]
-    return (losses * weights).sum() / weights.sum()
+    return (losses * weights).sum() / weights.sum(), middle
 
 
 class LanguageBatches:
@@ -91,13 +104,19 @@ class LanguageBatches:
         self.start = prompt_start(tokenizer)
         self._tokenizer, self._clips, self._preset, self._seed = tokenizer, clips, preset, seed
 
-    def at(self, step: int) -> tuple[list[int], Rows]:
-        """Positions of the clips of a step, and rows of text about them."""
+    def at(self, step: int, *, facts_only: bool = False) -> tuple[list[int], Rows]:
+        """Positions of the clips of a step, and rows of text about them.
+
+        ``facts_only`` asks more factual questions and leaves out what follows the fact: a short row says as
+        much about what is seen as a long one, and costs a fraction.
+        """
+        preset = self._preset
+        count = preset.fact_questions if facts_only else preset.questions
         draw = generator(self._seed, 2, step)
         chosen = draw.integers(len(self._clips.indices), size=self._preset.text_clips).tolist()
         picked = []
         for clip in chosen:
-            asked = self._clips.questions[clip]
-            places = draw.choice(len(asked), size=self._preset.questions, replace=False)
+            asked = [q for q in self._clips.questions[clip] if q.factual or not facts_only]
+            places = draw.choice(len(asked), size=count, replace=len(asked) < count)
             picked += [asked[i] for i in places]
-        return chosen, rows(self._tokenizer, picked)
+        return chosen, rows(self._tokenizer, picked, facts_only=facts_only)

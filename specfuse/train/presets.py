@@ -19,10 +19,12 @@ class Preset:
     train_clips: int
     held_out_clips: int  # that accuracy is measured on
     vision_share: float  # of the time: stage 1
+    facts_share: float  # of the time of stage 2: facts only, without what follows them
     frozen_share: float  # of the time of stage 2: with the tower as stage 1 left it
     vision_clips: int  # a batch of stage 1, two frames of each
     text_clips: int  # a batch of stage 2
     questions: int  # about each clip of a batch of stage 2
+    fact_questions: int  # the same while only facts are asked
     vision_rate: float = 1.2e-3
     text_rate: float = 2e-3
     minutes: float = 40.0
@@ -40,10 +42,12 @@ PRESETS = {
         train_clips=4166,
         held_out_clips=200,
         vision_share=0.3,
+        facts_share=0.6,
         frozen_share=0.85,
         vision_clips=24,
         text_clips=4,
         questions=6,
+        fact_questions=12,
     ),
     "micro": Preset(
         name="micro",
@@ -56,10 +60,12 @@ PRESETS = {
         train_clips=12,
         held_out_clips=2,
         vision_share=0.5,
+        facts_share=0.25,
         frozen_share=0.5,
         vision_clips=4,
         text_clips=2,
         questions=3,
+        fact_questions=4,
         text_rate=1e-2,
         minutes=0.1,
     ),

@@ -21,13 +21,14 @@ from specfuse.train.language import Features, LanguageBatches, answer_loss
 from specfuse.train.loop import Budget, Progress, read_state, run_stage, write_state
 from specfuse.train.presets import Preset
 from specfuse.train.tokenizer import train_tokenizer
-from specfuse.train.vision import Heads, vision_loss
+from specfuse.train.vision import Heads, facts_loss, vision_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 STATE = "training.pt"
 WEIGHT_DECAY = 0.05
+FACTS_WEIGHT = 0.1  # twenty facts to one answer
 TOWER_SLOWER = 0.1  # the tower's learning rate in stage 2, as a share of the language model's
 Report = Callable[[str, float, str], None]  # stage, share done, what to show
 
@@ -56,6 +57,7 @@ class TargetTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed + 1)
             self.heads = Heads(preset.vision_width).to(settings.device)
+            self.text_heads = Heads(preset.text_width).to(settings.device)
         self.progress = {"vision": Progress(), "language": Progress()}
         self.tower = self.model.model.video_tower
         self.optimizer = self._optimizer("vision")
@@ -72,6 +74,7 @@ class TargetTraining:
             "minutes": self.settings.minutes,
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
+            "text_heads": self.text_heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": {name: asdict(progress) for name, progress in self.progress.items()},
         }
@@ -84,6 +87,7 @@ class TargetTraining:
         try:
             self.model.load_state_dict(state["model"])
             self.heads.load_state_dict(state["heads"])
+            self.text_heads.load_state_dict(state["text_heads"])
             self.progress = {name: Progress(**fields) for name, fields in state["progress"].items()}
             self.optimizer = self._optimizer("language" if self.progress["language"].step else "vision")
             self.optimizer.load_state_dict(state["optimizer"])
@@ -111,9 +115,13 @@ class TargetTraining:
         batches = LanguageBatches(self.tokenizer, self.clips, preset, self.settings.seed)
 
         def loss_at(step: int, share: float) -> Tensor:
-            chosen, text = batches.at(step)
+            chosen, text = batches.at(step, facts_only=share < preset.facts_share)
             seen = features.frozen(chosen) if share < preset.frozen_share else features.live(chosen)
-            return answer_loss(self.model, batches.start, seen, text)
+            said, middle = answer_loss(self.model, batches.start, seen, text)
+            # Questions find what was seen in one place, the end of the video, instead of in 520.
+            facts = torch.from_numpy(self.clips.facts[chosen]).long().to(middle.device)
+            known = facts_loss(self.text_heads.read_facts(middle[:, None, None]), facts)
+            return said + FACTS_WEIGHT * known
 
         self._run("language", loss_at, budget, report)
 
@@ -133,7 +141,7 @@ class TargetTraining:
             groups = [{"params": [*tower, *self.heads.parameters()], "rate": preset.vision_rate}]
         else:
             inner = self.model.model
-            parts = (inner.multi_modal_projector, inner.language_model, self.model.lm_head)
+            parts = (inner.multi_modal_projector, inner.language_model, self.model.lm_head, self.text_heads)
             own = [p for part in parts for p in part.parameters()]
             slower = preset.text_rate * TOWER_SLOWER
             groups = [{"params": own, "rate": preset.text_rate}, {"params": tower, "rate": slower}]

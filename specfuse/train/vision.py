@@ -54,8 +54,8 @@ class Heads(nn.Module):
         """``features [M, F, 65, D]``, ``facts [M, len(FACTS)]``, ``patches [M, F, 64, 2]``."""
         frames = features.shape[1]
         each = features.flatten(0, 1)[:, None]
-        total = _facts_loss(self.read_facts(each), facts.repeat_interleave(frames, 0))
-        total = 0.5 * (total + _facts_loss(self.read_facts(features), facts))
+        total = facts_loss(self.read_facts(each), facts.repeat_interleave(frames, 0))
+        total = 0.5 * (total + facts_loss(self.read_facts(features), facts))
         tokens = self.norm(features[:, :, 1:])
         for head, labels in ((self.shown, patches[..., 0]), (self.centre, patches[..., 1])):
             weight = torch.ones(head.out_features, device=tokens.device)
@@ -64,7 +64,8 @@ class Heads(nn.Module):
         return total
 
 
-def _facts_loss(logits: list[Tensor], facts: Tensor) -> Tensor:
+def facts_loss(logits: list[Tensor], facts: Tensor) -> Tensor:
+    """The summed loss of all facts, ``logits`` as from ``read_facts``, ``facts [M, len(FACTS)]``."""
     losses = [
         cross_entropy(values, facts[:, i], ignore_index=UNKNOWN, reduction="sum") / len(facts)
         for i, values in enumerate(logits)
