@@ -118,4 +118,4 @@ def _step(
         token = int((scores == scores.max()).nonzero()[0])  # ties go to the lowest id
         logprob = float(logp[token])
     # A child that q cannot have produced is accepted where the emitted token happens to be its own.
-    return token, logprob, next((i for i, draft in enumerate(drafts) if token == draft), None)
+    return token, logprob, next((i for i, draft in enumerate(drafts) if 0 <= token == draft), None)

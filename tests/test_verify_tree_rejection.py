@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -370,3 +371,12 @@ def test_a_drafter_without_mass_leaves_the_rule_of_verify_tree(with_replacement:
     assert 0.45 < (zero.length == 2).double().mean() < 0.55
     none = one_row(p, [[]] * 2, tree, 2000, draft_ids=torch.zeros(2000, 2, 0, dtype=torch.int64))
     assert torch.equal(zero.length, none.length)
+
+
+@pytest.mark.parametrize("implementation", [op, verify_tree_rejection_ref])
+def test_a_row_without_a_token_has_no_child(implementation: Callable[..., tuple]) -> None:
+    """A draft of -1, which no vocabulary holds, is not the token of a broken greedy row."""
+    chain = (torch.tensor([[0, -1]]), torch.tensor([[-1, 0]], dtype=torch.int32))
+    logits = torch.full((1, 2, 5), math.nan)
+    args = op_arguments(logits, torch.ones(1, 2, 5), None, False, *chain, temperature=0.0)
+    assert implementation(*args)[0].tolist() == [[0, -1]]
