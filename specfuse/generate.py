@@ -196,7 +196,7 @@ class SpeculativeGenerator:
     def _pace(self, input_ids: Tensor) -> Backoff:
         if self.drafter is None or not self.sizes_itself:
             return Backoff()
-        return TreeSize(costs_of(self.model, self.drafter, *input_ids.shape))
+        return TreeSize(costs_of(self.model, self.drafter, *input_ids.shape), input_ids.shape[1])
 
     def _learn(self, state: DraftState) -> None:
         if self.drafter is not None:

@@ -22,8 +22,8 @@ SIZES = (0, 2, 4, 8, 16, 32, 64)
 LARGEST = SIZES[-1]
 
 # Units of the ledger are plain passes: what failed attempts may cost per plain pass and per call, and what a
-# drafter that has earned much may lose again. With answers of 50 tokens the first two come to 2.5 %.
-ALLOWANCE, GRANT, CREDIT = 0.015, 0.5, 8.0
+# drafter that has earned much may lose again. With answers of 50 tokens the first two come to 1.7 %.
+ALLOWANCE, GRANT, CREDIT = 0.012, 0.25, 8.0
 # Debt is bounded, so that one stall of the machine does not end drafting for an hour.
 DEEPEST_DEBT = 1.5
 PLAIN_FIRST, PLAIN_EVERY = 2, 128  # passes
@@ -106,9 +106,9 @@ def costs_of(model: Any, drafter: object, batch: int, prompt: int) -> Costs:
 class TreeSize(Backoff):
     """Decides before each pass of one call whether to draft and what to keep of the tree."""
 
-    def __init__(self, costs: Costs):
+    def __init__(self, costs: Costs, prompt: int):
         super().__init__()
-        self.costs = costs
+        self.costs, self.prompt = costs, prompt
         self.first = True  # the tree that rides on the prompt
         self.expected = 0.0
         self.draft_ms = 0.0
@@ -123,7 +123,7 @@ class TreeSize(Backoff):
     def rests(self) -> bool:
         costs = self.costs
         self.expected = 0.0
-        # The prompt's pass is long: a tree on it costs nothing to speak of, and tells how things stand.
+        # A long prompt's pass carries a small tree for nothing to speak of, and tells how things stand.
         drafts = self.first or (
             len(costs.times[0]) >= PLAIN_FIRST and costs.since_plain < PLAIN_EVERY and costs.balance > 0
         )
@@ -140,7 +140,7 @@ class TreeSize(Backoff):
         gains = _gains(chances)
         size = self.costs.best_size(gains, self.draft_ms)
         if self.first:
-            size = max(size, 8)
+            size = max(size, min(8, self.prompt // 16))
         self.expected = gains[min(size, len(gains) - 1)]
         return tree if size >= tree.width - 1 else _cut(tree, chances, size)
 

@@ -23,7 +23,7 @@ class World:
 
     def answer(self, tokens: int) -> tuple[float, list[int]]:
         """Milliseconds of one call behind the prefill, and how many drafts each of its passes had."""
-        pace, stats, done, widths = TreeSize(self.costs), GenerationStats(), 0, []
+        pace, stats, done, widths = TreeSize(self.costs, prompt=512), GenerationStats(), 0, []
         first = True
         while done < tokens:
             width = 0
@@ -104,6 +104,14 @@ def test_costs_are_kept_by_model_drafter_batch_and_prompt():
     assert all(costs_of(*key) is not kept for key in different)
     shares_times = [costs_of(*key).times is kept.times for key in different]
     assert shares_times == [False, True, False, False]
+
+
+def test_a_short_prompt_carries_no_tree_on_trial():
+    world = World(lambda width: 10.0, 0.1, right=0)
+    for size in SIZES:
+        world.costs.times[size] += [10.0 * (1 + size)] * 3
+    kept = [TreeSize(world.costs, prompt).trim(world.tree()).width - 1 for prompt in (8, 40, 512)]
+    assert kept == [0, 2, 8]
 
 
 def test_cut_keeps_the_most_probable_nodes_and_their_parents():
