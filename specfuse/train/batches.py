@@ -69,7 +69,7 @@ def rows(
         # The fact stands in the first sentence; the others hold mostly a choice of words.
         first = len(_answer(tokenizer, question.long.partition(". ")[0])) - 1 if question.factual else 0
         if facts_only:
-            said = said[:first]
+            said = said[: first + 1]  # with the full stop, or the model would not know where to make one
         weights = [0.0] * (len(asked) - 1) + [FACT_WEIGHT] * first + [1.0] * (len(said) - first)
         encoded.append((asked + said[:-1], [IGNORED] * (len(asked) - 1) + said, weights))
     empty = (tokenizer.pad_token_id, IGNORED, 0.0)
