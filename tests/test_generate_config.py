@@ -314,8 +314,8 @@ def test_unsupported_arguments_are_refused_by_name(kwargs):
     ("arguments", "message"),
     [
         ({"drafter": "magic"}, "drafter must be .* got 'magic'"),
-        ({"max_nodes": 0}, "max_nodes must be an int from 1 to 1023, got 0"),
-        ({"max_nodes": 2.5}, "max_nodes must be an int from 1 to 1023, got 2.5"),
+        ({"max_nodes": 0}, "max_nodes must be 'auto' or an int from 1 to 1023, got 0"),
+        ({"max_nodes": 2.5}, "max_nodes must be 'auto' or an int from 1 to 1023, got 2.5"),
         ({"seed": [1, 2, 3]}, "seed must be an int or 1 ints"),
         ({"seed": "a"}, "seed must be an int or 1 ints .* got 'a'"),
     ],
