@@ -3,19 +3,76 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from specfuse.cli import UserError, pick_device, print_json
 
-MODELS = ("target",)
+if TYPE_CHECKING:
+    from specfuse.train.presets import Preset
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The options of the command line."""
+
+    out: Path
+    preset: Preset
+    cache: Path
+    minutes: float | None
+    seed: int
+    resume: bool
+    device: str
+    target: Path | None
+
+    def needed_target(self) -> Path:
+        """The directory of --target.
+
+        Raises:
+            UserError: it was not given.
+        """
+        if self.target is None:
+            raise UserError("--target must be the directory of the trained target")
+        return self.target
+
+
+Report = Callable[[str, float, str], None]  # stage, share done, what to show
+
+
+def _target(request: Request, report: Report) -> dict[str, Any]:
+    from specfuse.train.target import Settings, train_target
+
+    settings = Settings(
+        directory=request.out,
+        preset=request.preset,
+        cache=request.cache,
+        minutes=request.minutes,
+        seed=request.seed,
+        resume=request.resume,
+        device=request.device,
+    )
+    return train_target(settings, report).as_dict()
+
+
+# What can be trained: a function that trains it and gives back its figures, and what to try next.
+MODELS: dict[str, tuple[Callable[[Request, Report], dict[str, Any]], str]] = {
+    "target": (
+        _target,
+        "specfuse generate --model {out} --video CLIP --question 'What is the weather like?'",
+    ),
+}
 
 
 def train(
     model: str = typer.Argument(..., help=f"What to train: {', '.join(MODELS)}."),
     out: Path = typer.Option(..., help="Directory to write; created if missing."),
+    target: Path | None = typer.Option(
+        None, help="Directory of the trained target, for what learns from it."
+    ),
     preset: str = typer.Option("tiny", help="Size: tiny, or micro for a try of seconds."),
     minutes: float | None = typer.Option(
         None, help="Training time at most; the preset's where not given.", min=0.0
@@ -24,34 +81,35 @@ def train(
     resume: bool = typer.Option(False, "--resume", help="Continue the training in --out."),
     cache: Path | None = typer.Option(None, help="Where drawn clips are kept (600 MB for tiny)."),
     device: str = typer.Option("auto", help="cpu, cuda, ...; auto takes the GPU where there is one."),
-    json: bool = typer.Option(False, "--json", help="Print the accuracy as JSON, alone on stdout."),
+    json: bool = typer.Option(False, "--json", help="Print the figures as JSON, alone on stdout."),
 ) -> None:
-    """Train a small Video-LLaVA on the procedural driving world and measure it on held-out clips."""
+    """Train a miniature model on the procedural driving world and measure it on held-out clips."""
     if model not in MODELS:
         raise UserError(f"MODEL must be one of {', '.join(MODELS)}, got {model!r}")
-    from specfuse.train.presets import preset as find
-    from specfuse.train.target import Settings, train_target
+    from transformers.utils import logging
 
-    settings = Settings(
-        directory=out,
+    from specfuse.train.presets import preset as find
+
+    request = Request(
+        out=out,
         preset=find(preset),
         cache=cache or _default_cache(),
         minutes=minutes,
         seed=seed,
         resume=resume,
         device=str(pick_device(device)),
+        target=target,
     )
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
+    run, hint = MODELS[model]
     with _progress() as bars:
-        accuracy = train_target(settings, bars)
+        figures = run(request, bars)
     if json:
-        print_json(accuracy.as_dict())
+        print_json(figures)
         return
-    for kind, share in accuracy.as_dict().items():
-        print(f"{kind:16} {share:.1%}" if isinstance(share, float) else f"{kind:16} {share}")
-    print(f"try: specfuse generate --model {out} --video CLIP --question 'What is the weather like?'")
+    for name, value in figures.items():
+        print(f"{name:16} {value:.1%}" if isinstance(value, float) else f"{name:16} {value}")
+    print("try: " + hint.format(out=out, target=target))
 
 
 def _default_cache() -> Path:
