@@ -145,7 +145,7 @@ class GenerationRun:
                 continue
             emitted = [*(tokens[row][node] for node in path[1:]), next_tokens[row]]
             kept = added[row] = self.answers.append(row, emitted, width)
-            stats.count(kept, drafted[row] - 1)
+            stats.count(kept, drafted[row] - 1, accepted=length - 1, row=row)
             if verified.scores is not None:
                 self.scores[row] += verified.scores[row][:kept]
             if verified.logits is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 
@@ -17,6 +17,8 @@ class GenerationStats:
         tokens: emitted tokens, all rows.
         drafted: drafted nodes that were verified, all rows.
         emitted_histogram: how often a pass of a row emitted 1, 2, 3, ... tokens.
+        from_drafts: per row, for each emitted token whether it was an accepted draft, not the target's
+            own.
         prefill_ms: wall time of the first pass (vision tower included).
         draft_ms: wall time spent proposing.
         verify_ms: wall time of the target's passes after the first, including the choice of the path. On a
@@ -28,6 +30,7 @@ class GenerationStats:
     tokens: int = 0
     drafted: int = 0
     emitted_histogram: Counter[int] = field(default_factory=Counter)
+    from_drafts: defaultdict[int, list[bool]] = field(default_factory=lambda: defaultdict(list))
     prefill_ms: float = 0.0
     draft_ms: float = 0.0
     verify_ms: float = 0.0
@@ -43,8 +46,14 @@ class GenerationStats:
         """``emitted_histogram`` as a plain dict, in order."""
         return dict(sorted(self.emitted_histogram.items()))
 
-    def count(self, emitted: int, drafted: int) -> None:
-        """Records one pass of one row."""
+    @property
+    def accepted(self) -> int:
+        """Emitted tokens that were drafts, all rows."""
+        return sum(map(sum, self.from_drafts.values()))
+
+    def count(self, emitted: int, drafted: int, accepted: int = 0, row: int = 0) -> None:
+        """Records one pass of one row; the first ``accepted`` of its ``emitted`` tokens were drafts."""
+        self.from_drafts[row] += [token < accepted for token in range(emitted)]
         self.passes += 1
         self.tokens += emitted
         self.drafted += drafted
@@ -57,6 +66,7 @@ class GenerationStats:
             "tokens": self.tokens,
             "tokens_per_pass": self.tokens_per_pass,
             "drafted": self.drafted,
+            "accepted": self.accepted,
             "emitted_histogram": self.histogram,
             "prefill_ms": self.prefill_ms,
             "draft_ms": self.draft_ms,
