@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,13 +61,31 @@ def run_stage(
 ) -> None:
     """Trains until the budget is used; ``loss_at(step, share of the budget)`` is the loss of one batch.
 
-    Groups of ``optimizer`` carry their highest learning rate as ``"rate"``.
+    Groups of ``optimizer`` carry their highest learning rate as ``"rate"``. Ctrl-C ends the run after the
+    step it falls into, with its state saved; a second one ends it at once.
 
     Raises:
         FloatingPointError: the loss is not a number any more.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
+    with _interrupts() as interrupted:
+        _steps(optimizer, loss_at, budget, progress, save, report, interrupted)
+    save()
+    if interrupted.is_set():
+        raise KeyboardInterrupt("interrupted; the state is saved, --resume continues from it")
+
+
+def _steps(
+    optimizer: torch.optim.Optimizer,
+    loss_at: Callable[[int, float], Tensor],
+    budget: Budget,
+    progress: Progress,
+    save: Callable[[], None],
+    report: Callable[[Progress, float], None],
+    interrupted: threading.Event,
+) -> None:
     saved = time.monotonic()
-    while (share := budget.share(progress.step, progress.seconds)) < 1:
+    while (share := budget.share(progress.step, progress.seconds)) < 1 and not interrupted.is_set():
         began = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * rate_at(progress.step, share)
@@ -83,7 +104,30 @@ def run_stage(
         if time.monotonic() - saved > SAVE_EVERY_SECONDS:
             save()
             saved = time.monotonic()
-    save()
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Holds back the first Ctrl-C inside the block; the event is set instead.
+
+    An exception in the middle of a step would leave weights of one step and the optimizer of another.
+    """
+    interrupted = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    # Only the main thread may handle signals; one that is ignored (nohup, &) stays ignored.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield interrupted
+        return
+
+    def note(number: int, frame: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
