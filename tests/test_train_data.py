@@ -12,7 +12,7 @@ from specfuse.data.world import clip, score, split
 from specfuse.data.world.score import READINGS
 from specfuse.session import FIRST_TURN
 from specfuse.train.batches import IGNORED, pixels, prompt_end, prompt_start, rows
-from specfuse.train.build import VIDEO_TOKENS, build_processor
+from specfuse.train.build import FRAME_TOKENS, VIDEO_TOKENS, build_processor
 from specfuse.train.clip_store import Clips, load_clips
 from specfuse.train.labels import CENTRES, FACTS, SHOWN, UNKNOWN
 from specfuse.train.language import LanguageBatches
@@ -135,6 +135,21 @@ def test_batches_depend_on_seed_and_step_alone(clips: Clips, tokenizer) -> None:
         micro = preset("micro")
         assert len(text.ids) == len(chosen) * (micro.fact_questions if facts_only else micro.questions)
     assert not torch.equal(first.at(7)[1].ids, first.at(8)[1].ids)
+
+
+def test_steps_read_more_and_more_of_every_frame(clips: Clips, tokenizer) -> None:
+    micro = preset("micro")
+    batches = LanguageBatches(tokenizer, clips, micro, seed=1)
+    counts = []
+    for share in (0.0, 0.25, 0.49):
+        kept = batches.kept(3, share)
+        assert kept is not None and torch.equal(kept, batches.kept(3, share))
+        assert torch.equal(kept, kept.unique()) and kept.max() < VIDEO_TOKENS
+        assert set(range(0, VIDEO_TOKENS, FRAME_TOKENS)) <= set(kept.tolist()), "all class tokens"
+        counts.append(len(kept) // 8 - 1)
+    assert counts[0] == micro.least_patches and counts == sorted(set(counts))
+    assert not torch.equal(batches.kept(3, 0.0), batches.kept(4, 0.0))
+    assert batches.kept(3, micro.sparse_share) is None
 
 
 @pytest.mark.parametrize("text", ["", "Is it day?", "Straße 東京 \n\t 😀", "<video> in a question"])

@@ -18,9 +18,10 @@ from specfuse.models.checkpoint import load_video_llava
 from specfuse.session import FIRST_TURN
 from specfuse.train import loop
 from specfuse.train.batches import pixels, prompt_start, rows
+from specfuse.train.build import VIDEO_TOKENS
 from specfuse.train.clip_store import load_clips
 from specfuse.train.evaluate import answer_greedily
-from specfuse.train.language import Features, answer_loss
+from specfuse.train.language import Features, answer_loss, read_start
 from specfuse.train.presets import preset
 from specfuse.train.target import STATE, Settings, train_target
 from specfuse.train.vision import read_layer
@@ -158,6 +159,19 @@ def test_the_loss_with_a_shared_prefix_is_that_of_whole_prompts(trained: Path, c
     each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), text.targets, reduction="none")
     torch.testing.assert_close(shared, (each * text.weights).sum() / text.weights.sum(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(middle, whole.hidden_states[1][::3, len(start) - 1], atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_left_out_keep_their_places(trained: Path, cache: Path) -> None:
+    model, processor = load_video_llava(trained, dtype=torch.float32)
+    start = prompt_start(processor.tokenizer)
+    features = torch.randn(2, VIDEO_TOKENS, model.config.vision_config.hidden_size)
+    every = read_start(model, start, features)[0].layers[0]
+    kept = torch.tensor([0, 3, 65, 519])
+    some = read_start(model, start, features, kept)[0].layers[0]
+    video = start.index(model.config.video_token_index)
+    # The first layer's keys depend on token and place alone.
+    assert torch.allclose(some.keys[:, :, video:], every.keys[:, :, video + kept], atol=1e-5)
+    assert torch.equal(some.keys[:, :, :video], every.keys[:, :, :video])
 
 
 def test_frozen_features_are_those_of_the_layer_that_the_model_reads(trained: Path, cache: Path) -> None:

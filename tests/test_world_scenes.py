@@ -126,6 +126,11 @@ def test_variety() -> None:
         assert {0, 1, 2, 3} <= set(counts), counts
 
 
+def test_an_index_may_be_numpys() -> None:
+    asked = clip(np.int64(3)).questions
+    assert asked == clip(3).questions
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(IndexError, match="clip must be 0 to 5207, got 5208"):
         clip(5208)

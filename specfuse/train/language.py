@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from specfuse.train.batches import IGNORED, Rows, generator, pixels, prompt_start, rows
+from specfuse.train.build import FRAME_TOKENS, VIDEO_TOKENS
 from specfuse.train.clip_store import Clips
 from specfuse.train.presets import Preset
 from specfuse.train.vision import read_layer
@@ -46,13 +47,25 @@ def start_cache(model: VideoLlavaForConditionalGeneration, start: list[int], fea
 
 
 def read_start(
-    model: VideoLlavaForConditionalGeneration, start: list[int], features: Tensor
+    model: VideoLlavaForConditionalGeneration,
+    start: list[int],
+    features: Tensor,
+    kept: Tensor | None = None,
 ) -> tuple[Cache, Tensor]:
-    """The same, and what the middle layer holds at the last token of the video ``[M, D]``."""
+    """The same, and what the middle layer holds at the last token of the video ``[M, D]``.
+
+    ``kept``: the video tokens that are read, of 520, in order; the others are left out, which costs less.
+    """
     from transformers import DynamicCache
 
     inner = model.model
     ids = torch.tensor(start, device=features.device)
+    positions = torch.arange(len(ids), device=features.device)
+    if kept is not None:
+        places = (ids == model.config.video_token_index).nonzero()[:, 0]
+        stays = ids != model.config.video_token_index
+        stays[places[kept]] = True
+        ids, positions, features = ids[stays], positions[stays], features[:, kept]
     embeddings = inner.get_input_embeddings()(ids).expand(len(features), -1, -1)
     video = ids == model.config.video_token_index
     places = video[None, :, None].expand_as(embeddings)
@@ -60,7 +73,11 @@ def read_start(
     embeddings = embeddings.masked_scatter(places, video_embeddings)
     cache = DynamicCache(config=model.config.text_config)
     states = inner.language_model(
-        inputs_embeds=embeddings, past_key_values=cache, use_cache=True, output_hidden_states=True
+        inputs_embeds=embeddings,
+        position_ids=positions[None],
+        past_key_values=cache,
+        use_cache=True,
+        output_hidden_states=True,
     ).hidden_states
     return cache, states[model.config.text_config.num_hidden_layers // 2][:, -1]
 
@@ -77,18 +94,25 @@ def repeat_cache(cache: Cache, times: int) -> Cache:
 
 
 def answer_loss(
-    model: VideoLlavaForConditionalGeneration, start: list[int], features: Tensor, text: Rows
+    model: VideoLlavaForConditionalGeneration,
+    start: list[int],
+    features: Tensor,
+    text: Rows,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted mean loss over the answers' tokens, and the middle layer at the last token of the video.
 
     ``text`` has as many rows for each clip, in order.
     """
     device = features.device
-    once, middle = read_start(model, start, features)
+    once, middle = read_start(model, start, features, kept)
     cache = repeat_cache(once, len(text.ids) // len(features))
     # Padding is on the right, where causal attention does not look.
     states = model.model.language_model(
-        inputs_embeds=model.get_input_embeddings()(text.ids.to(device)), past_key_values=cache, use_cache=True
+        inputs_embeds=model.get_input_embeddings()(text.ids.to(device)),
+        position_ids=torch.arange(len(start), len(start) + text.ids.shape[1], device=device)[None],
+        past_key_values=cache,
+        use_cache=True,
     ).last_hidden_state
     targets = text.targets.to(device)
     said = targets != IGNORED
@@ -112,11 +136,30 @@ class LanguageBatches:
         """
         preset = self._preset
         count = preset.fact_questions if facts_only else preset.questions
+        clips = preset.fact_clips if facts_only else preset.text_clips
         draw = generator(self._seed, 2, step)
-        chosen = draw.integers(len(self._clips.indices), size=self._preset.text_clips).tolist()
+        chosen = draw.integers(len(self._clips.indices), size=clips).tolist()
         picked = []
         for clip in chosen:
             asked = [q for q in self._clips.questions[clip] if q.factual or not facts_only]
             places = draw.choice(len(asked), size=count, replace=len(asked) < count)
             picked += [asked[i] for i in places]
         return chosen, rows(self._tokenizer, picked, facts_only=facts_only)
+
+    def kept(self, step: int, share: float) -> Tensor | None:
+        """The video tokens that a step reads: all class tokens and more and more patches; None for all.
+
+        What is asked mostly stands in the class tokens. With few patches beside them a step costs a third,
+        and the language model finds the class tokens sooner.
+        """
+        preset = self._preset
+        if share >= preset.sparse_share:
+            return None
+        patches = FRAME_TOKENS - 1
+        count = preset.least_patches + int((patches - preset.least_patches) * share / preset.sparse_share)
+        draw = generator(self._seed, 3, step)
+        frames = [
+            [0, *sorted(1 + draw.choice(patches, count, replace=False))]
+            for _ in range(VIDEO_TOKENS // FRAME_TOKENS)
+        ]
+        return torch.tensor([i * FRAME_TOKENS + token for i, tokens in enumerate(frames) for token in tokens])

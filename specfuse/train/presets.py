@@ -21,13 +21,16 @@ class Preset:
     vision_share: float  # of the time: stage 1
     facts_share: float  # of the time of stage 2: facts only, without what follows them
     frozen_share: float  # of the time of stage 2: with the tower as stage 1 left it
+    sparse_share: float  # of the time of stage 2: with some patches of each frame left out
+    least_patches: int  # of each frame at the start of stage 2; grows to all of them
     vision_clips: int  # a batch of stage 1, two frames of each
-    text_clips: int  # a batch of stage 2
-    questions: int  # about each clip of a batch of stage 2
-    fact_questions: int  # the same while only facts are asked
+    fact_clips: int  # a batch of stage 2 while only facts are asked
+    fact_questions: int  # about each of them
+    text_clips: int  # a batch of stage 2 afterwards
+    questions: int  # about each of them
     vision_rate: float = 1.2e-3
     text_rate: float = 2e-3
-    minutes: float = 40.0
+    minutes: float = 30.0
 
 
 PRESETS = {
@@ -41,13 +44,16 @@ PRESETS = {
         heads=4,
         train_clips=4166,
         held_out_clips=200,
-        vision_share=0.3,
-        facts_share=0.6,
+        vision_share=0.25,
+        facts_share=0.35,
         frozen_share=0.85,
+        sparse_share=0.8,
+        least_patches=12,
         vision_clips=24,
+        fact_clips=6,
+        fact_questions=8,
         text_clips=4,
         questions=6,
-        fact_questions=12,
     ),
     "micro": Preset(
         name="micro",
@@ -62,10 +68,13 @@ PRESETS = {
         vision_share=0.5,
         facts_share=0.25,
         frozen_share=0.5,
+        sparse_share=0.5,
+        least_patches=8,
         vision_clips=4,
+        fact_clips=2,
+        fact_questions=4,
         text_clips=2,
         questions=3,
-        fact_questions=4,
         text_rate=1e-2,
         minutes=0.1,
     ),

@@ -117,7 +117,7 @@ class TargetTraining:
         def loss_at(step: int, share: float) -> Tensor:
             chosen, text = batches.at(step, facts_only=share < preset.facts_share)
             seen = features.frozen(chosen) if share < preset.frozen_share else features.live(chosen)
-            said, middle = answer_loss(self.model, batches.start, seen, text)
+            said, middle = answer_loss(self.model, batches.start, seen, text, batches.kept(step, share))
             # Questions find what was seen in one place, the end of the video, instead of in 520.
             facts = torch.from_numpy(self.clips.facts[chosen]).long().to(middle.device)
             known = facts_loss(self.text_heads.read_facts(middle[:, None, None]), facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,6 +57,7 @@ def clip(index: int, size: int = 64, world_seed: int = WORLD_SEED) -> Clip:
     """
     if size < 8:
         raise ValueError(f"size must be at least 8 pixels, got {size}")
+    index = operator.index(index)  # numpy's integers overflow where the world draws its numbers
     scene, view = build_scene(index, world_seed)
     return Clip(index, scene, view, size, world_seed)
 
@@ -78,6 +80,7 @@ def events(
     """
     if rate < 2:
         raise ValueError(f"rate must be at least 2 pictures a second, got {rate}")
+    index = operator.index(index)
     scene = build_scene(index, world_seed)[0]
     times = np.linspace(0, CLIP_SECONDS, rate + 1)
     brightness = render.luminance(scene, times, size)

@@ -8,7 +8,7 @@ from specfuse.data.world.visible import Seen, View
 from specfuse.data.world.wording import Wording, compose, listing, number, sentence
 
 LEAST, MOST = 58, 88  # words of a description; a tokenizer makes a few more of them
-LEAST_FACT, MOST_FACT = 30, 58
+LEAST_FACT, MOST_FACT = 50, 78
 
 ROAD = {
     "country": ("a straight country road between open fields", "a rural road that runs straight ahead"),
