@@ -58,12 +58,26 @@ def _target(request: Request, report: Report) -> dict[str, Any]:
     return train_target(settings, report).as_dict()
 
 
+def _corpus(request: Request, report: Report) -> dict[str, Any]:
+    from specfuse.train.corpus import CorpusSettings, train_corpus
+
+    settings = CorpusSettings(
+        directory=request.out,
+        target=request.needed_target(),
+        preset=request.preset,
+        cache=request.cache,
+        device=request.device,
+    )
+    return train_corpus(settings, report)
+
+
 # What can be trained: a function that trains it and gives back its figures, and what to try next.
 MODELS: dict[str, tuple[Callable[[Request, Report], dict[str, Any]], str]] = {
     "target": (
         _target,
         "specfuse generate --model {out} --video CLIP --question 'What is the weather like?'",
     ),
+    "corpus": (_corpus, "specfuse demo --model {target} --corpus {out}/answers.safetensors"),
 }
 
 
