@@ -158,9 +158,9 @@ class SpeculativeGenerator:
             model, answers, generation_config, logits_processor, model_kwargs, request, self.max_nodes
         )
         pace = self._pace(input_ids)
-        drafts_first = self.drafter is not None and not self.drafter.needs_target
+        run.target.keeps_states = self.drafter is not None and self.drafter.needs_target
 
-        tree = self._propose(run.state, pace) if drafts_first else root_only(run.state)
+        tree = root_only(run.state) if run.target.keeps_states else self._propose(run.state, pace)
         stats.draft_ms += clock.lap()
         logits, tree = run.prefill(tree)
         verified = verify(logits, tree, run.choice, run.root_positions, run.sequences())
@@ -196,7 +196,9 @@ class SpeculativeGenerator:
     def _pace(self, input_ids: Tensor) -> Backoff:
         if self.drafter is None or not self.sizes_itself:
             return Backoff()
-        return TreeSize(costs_of(self.model, self.drafter, *input_ids.shape), input_ids.shape[1])
+        size = TreeSize(costs_of(self.model, self.drafter, *input_ids.shape), input_ids.shape[1])
+        size.first = not self.drafter.needs_target
+        return size
 
     def _learn(self, state: DraftState) -> None:
         if self.drafter is not None:

@@ -151,9 +151,18 @@ class GenerationRun:
             if verified.logits is not None:
                 self.logits[row] += verified.logits[row][:kept]
         self.answers.stream()
+        if self.target.states is not None:
+            self._show_states(self.target.states, verified.accepted.path, added)
         self.state.active = self.answers.running
         self.state.remaining = self.answers.remaining()
         return added
+
+    def _show_states(self, states: Tensor, path: Tensor, added: list[int]) -> None:
+        """Hands drafters the states behind the tokens that were just emitted."""
+        if not self.state.hidden:
+            self.state.prompt_hidden = self.target.prompt_states
+        nodes = path[:, : max(added)].clamp(min=0).to(torch.int64)
+        self.state.hidden.append((torch.take_along_dim(states, nodes[..., None], dim=1), added))
 
     def result(self, stats: GenerationStats) -> GenerateDecoderOnlyOutput | Tensor:
         if self.answers.streamer is not None:

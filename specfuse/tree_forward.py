@@ -7,7 +7,9 @@ loop and ModelDrafter both run on it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +57,10 @@ class TreeForward:
         self.takes_tree = self.layout.implementation == TREE_ATTENTION and beats_dense_mask(
             model.dtype, _head_dim(self.config), self.device
         )
+        self.keeps_states = False
+        """Whether passes keep what the decoder hands to the language-model head, after its final norm."""
+        self.states: Tensor | None = None  # [B, N, D] of the last pass's nodes
+        self.prompt_states: Tensor | None = None  # [B, n, D] of the n prompt tokens computed before the root
         self.valid: Tensor | None = None  # [B, P] bool, False at left padding; None: no padding anywhere
         self.pads = [0] * batch_size
         self.starts: Tensor | None = None  # [B] int64 first valid slot, where left padding is all there is
@@ -113,6 +119,9 @@ class TreeForward:
         )
         logits = self._call(position_ids=positions[:, filled:], keep=drafted + 1, **call)
         self.cache.set_lengths([length - 1] * logits.shape[0])
+        if self.states is not None:
+            before = self.states.shape[1] - drafted - 1
+            self.prompt_states, self.states = self.states[:, :before], self.states[:, before:]
         return logits
 
     def forward(self, tokens: Tensor, positions: Tensor, tail_mask: Tensor | None) -> Tensor:
@@ -156,8 +165,30 @@ class TreeForward:
     def _call(self, keep: int | None = None, **inputs: Any) -> Tensor:
         if keep is not None and "logits_to_keep" in self.parameters:
             inputs["logits_to_keep"] = keep
-        output = self.model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
+        inputs |= {"past_key_values": self.cache, "use_cache": True, "return_dict": True}
+        if not self.keeps_states:
+            output = self.model(**inputs)
+        else:
+            with self._watched():
+                output = self.model(**inputs)
         return output.logits if keep is None else output.logits[:, -keep:]
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Keeps what the decoder returns last: a cached prefix is not computed, and has no states."""
+        thread = threading.get_ident()
+
+        def keep(module: Any, arguments: Any, output: Any) -> None:
+            # Hooks belong to the model, which other threads may be using.
+            if threading.get_ident() == thread:
+                self.states = output[0]
+
+        # Not a hook on the head: it is given the positions whose logits are wanted, and no other.
+        handle = self.model.get_decoder().register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     # ---------------------------------------------------------------- positions
 

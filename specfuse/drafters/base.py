@@ -29,6 +29,12 @@ class DraftState:
         choice: how the target picks tokens (a ``specfuse.verify.TokenChoice``), or None; a drafter with
             logits of its own can pick with the same noise, so that its sampled drafts agree with the target
             as often as possible.
+        prompt_hidden: for drafters with ``needs_target``, else None: ``[B, n, D]`` what the target's decoder
+            hands to its head (after the final norm) at the n prompt tokens before the last, or as many of
+            them as this call computed: those before come from a cache. Left padding has states of no meaning.
+        hidden: for drafters with ``needs_target``, else empty: one entry per pass, states ``[B, m, D]`` and
+            per row how many of them count. The j-th state of a row that counts is that of the token before
+            ``answers[row][j]``.
         memory: private data a drafter keeps for the length of this call, keyed by the drafter object's id.
     """
 
@@ -42,6 +48,8 @@ class DraftState:
     vocab_size: int | None = None
     evidence: Sequence[Sequence[int] | None] | None = None
     choice: Any = None
+    prompt_hidden: Tensor | None = None
+    hidden: list[tuple[Tensor, list[int]]] = field(default_factory=list)
     memory: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -67,7 +75,7 @@ class Drafter:
     """
 
     needs_target: bool = False
-    """True for a drafter that needs the target's prefill first (hidden states): it gets no first tree."""
+    """True for a drafter that reads the target's hidden states: it gets them, and no first tree."""
 
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
         """Trees for all B rows, on the CPU.
