@@ -127,15 +127,18 @@ def test_real_gif(shared_data: Path, tiny_directory: Path) -> None:
     assert done.returncode == 0 and report["compare"]["tokens_equal"]
 
 
-@pytest.mark.parametrize("drafter", ["none", "lookup", "corpus", "auto", "model"])
+@pytest.mark.parametrize(
+    ("drafter", "nodes"),
+    [("none", 32), ("lookup", 32), ("corpus", 32), ("auto", 32), ("auto", "auto"), ("model", 32)],
+)
 def test_every_drafter_gives_the_same_tokens(
-    drafter: str, tiny_directory: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+    drafter: str, nodes: int | str, tiny_directory: Path, clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = tiny_directory if drafter == "model" else drafter
     arguments = generate(tiny_directory, clip, "--max-new-tokens", 12, "--drafter", name, "--compare")
-    assert run([str(a) for a in [*arguments, "--repeats", 1, "--json"]]) == 0
+    assert run([str(a) for a in [*arguments, "--nodes", nodes, "--repeats", 1, "--json"]]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["compare"]["tokens_equal"] and report["tokens"] == 12
+    assert report["compare"]["tokens_equal"] and report["tokens"] == 12 and report["nodes"] == nodes
     if drafter == "none":
         assert report["passes"] == 12
     if drafter == "model":  # a copy of the target: every draft is accepted
@@ -275,7 +278,8 @@ def test_wrong_model_directory(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--nodes", "0"], "--nodes"),
+        (["--nodes", "0"], "--nodes must be a number from 1 to 1023 or auto, got '0'"),
+        (["--nodes", "lots"], "--nodes"),
         (["--dtype", "int8"], "--dtype"),
         (["--device", "warp"], "--device"),
         (["--device", "cuda:99"], "--device"),

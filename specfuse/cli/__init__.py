@@ -41,3 +41,12 @@ def pick_device(name: str) -> Any:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name!r} can not be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def parse_nodes(text: str) -> int | str:
+    """The value of --nodes: a number of drafted tokens that one pass may verify, or ``"auto"``."""
+    if text == "auto":
+        return text
+    if text.isdecimal() and 1 <= int(text) <= 1023:
+        return int(text)
+    raise UserError(f"--nodes must be a number from 1 to 1023 or auto, got {text!r}")

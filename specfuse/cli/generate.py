@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from specfuse.cli import UserError, pick_device, print_json, working
+from specfuse.cli import UserError, parse_nodes, pick_device, print_json, working
 
 if TYPE_CHECKING:
     from specfuse.drafters import Drafter
@@ -26,7 +26,7 @@ def generate(
     drafter: str = typer.Option(
         "auto", help="auto (corpus and lookup), corpus, lookup, none, or the directory of a draft model."
     ),
-    nodes: int = typer.Option(32, help="Drafted tokens that one pass may verify.", min=1, max=1023),
+    nodes: str = typer.Option("32", help="Drafted tokens that one pass may verify; auto: as many as pay."),
     corpus: Path | None = typer.Option(
         None, help="File of remembered answers: read if it exists, written at the end."
     ),
@@ -46,6 +46,7 @@ def generate(
 ) -> int:
     """Answer a question about a video with exactly the tokens of model.generate, in fewer passes."""
     _check(dtype, question, drafter, corpus)
+    max_nodes = parse_nodes(nodes)
     with working(f"reading {video}", shown=not json):
         from specfuse.data.video import read_video
 
@@ -57,14 +58,14 @@ def generate(
     if temperature > 0:
         options["temperature"] = temperature
     used = make_drafter()
-    report = _answer(target, processor, inputs, used, nodes, seed, options, stream=not json)
-    report.update(drafter=drafter, nodes=nodes, device=str(target.device), dtype=str(target.dtype)[6:])
+    report = _answer(target, processor, inputs, used, max_nodes, seed, options, stream=not json)
+    report.update(drafter=drafter, nodes=max_nodes, device=str(target.device), dtype=str(target.dtype)[6:])
     report["random_weights"] = getattr(target.config, "random_weights_seed", None) is not None
     if compare:
         from specfuse.cli.compare import compare_with_plain
 
         report["compare"] = compare_with_plain(
-            functools.partial(_speculate, target, inputs, nodes=nodes, seed=seed, options=options),
+            functools.partial(_speculate, target, inputs, nodes=max_nodes, seed=seed, options=options),
             functools.partial(_plain, target, inputs, seed=seed, options=options),
             make_drafter,
             sampled=temperature > 0,
@@ -151,7 +152,7 @@ def _plain(target: Any, inputs: Any, *, seed: int, options: Any) -> Any:
 
 
 def _speculate(
-    target: Any, inputs: Any, drafter: Any, *, nodes: int, seed: int, options: Any, streamer: Any = None
+    target: Any, inputs: Any, drafter: Any, *, nodes: int | str, seed: int, options: Any, streamer: Any = None
 ) -> Any:
     from specfuse.generate import generate as speculative_generate
 
@@ -168,7 +169,14 @@ def _speculate(
 
 
 def _answer(
-    target: Any, processor: Any, inputs: Any, drafter: Any, nodes: int, seed: int, options: Any, stream: bool
+    target: Any,
+    processor: Any,
+    inputs: Any,
+    drafter: Any,
+    nodes: int | str,
+    seed: int,
+    options: Any,
+    stream: bool,
 ) -> dict[str, Any]:
     """Answers once, streaming to stdout if asked; returns what the summary shows."""
     from transformers import TextStreamer
