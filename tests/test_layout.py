@@ -20,7 +20,7 @@ TOP_LEVEL = {
 
 # A module imports from its own rank or below. What is not named here is the engine between generate and ops.
 RANKS = {
-    **dict.fromkeys(["cli", "serve", "doctor", "replay"], 6),
+    **dict.fromkeys(["cli", "serve", "doctor", "replay", "demo", "demo_page"], 6),
     **dict.fromkeys(["session", "plan", "probe"], 5),
     "generate": 4,
     "ops": 2,

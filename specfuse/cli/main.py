@@ -14,6 +14,7 @@ import typer
 
 # name -> (module, function, one line for --help)
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "demo": ("specfuse.cli.demo", "demo", "Watch a trained miniature answer faster, with the same tokens."),
     "generate": ("specfuse.cli.generate", "generate", "Answer a question about a video."),
     "replay": ("specfuse.cli.replay", "replay", "Run recorded answers through a drafter; needs no model."),
     "plan": ("specfuse.cli.plan", "plan", "Should I speculate? Measure costs and drafts on a sample."),
