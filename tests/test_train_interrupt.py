@@ -79,12 +79,13 @@ def test_ignored_signals_and_other_threads_stay_as_they_are(handler: object) -> 
     assert elsewhere.progress.step == 4
 
 
+@pytest.mark.parametrize("text", ["interrupted; the state is saved", ""])
 def test_the_command_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped(wanted: str | None) -> NoReturn:
-        raise KeyboardInterrupt("interrupted; the state is saved")
+    def stopped(*_: object) -> NoReturn:
+        raise KeyboardInterrupt(*([text] if text else []))
 
-    monkeypatch.setattr(main, "build_app", stopped)
-    assert main.run(["train"]) == 130
-    assert capsys.readouterr().err == "specfuse: error: interrupted; the state is saved\n"
+    monkeypatch.setattr("specfuse.doctor.diagnose", stopped)
+    assert main.run(["doctor", "--json"]) == 130
+    assert capsys.readouterr().err == f"specfuse: error: {text or 'interrupted'}\n"

@@ -59,6 +59,9 @@ def run(arguments: Sequence[str]) -> int:
         result = build_app(wanted)(list(arguments) or ["--help"], standalone_mode=False)
         return result if isinstance(result, int) else 0
     except typer.Exit as leave:
+        # Typer turns Ctrl-C into this; what was interrupted may have something to say.
+        if isinstance(leave.__cause__, KeyboardInterrupt):
+            return _fail(str(leave.__cause__) or "interrupted", 130)
         return leave.exit_code
     except (KeyboardInterrupt, typer.Abort) as stop:
         return _fail(str(stop) or "interrupted", 130)
