@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from specfuse.drafters import CorpusDrafter as CorpusDrafter
     from specfuse.drafters import Drafter as Drafter
     from specfuse.drafters import DraftState as DraftState
+    from specfuse.drafters import HeadDrafter as HeadDrafter
     from specfuse.drafters import ModelDrafter as ModelDrafter
     from specfuse.drafters import PromptLookupDrafter as PromptLookupDrafter
     from specfuse.drafters import auto_drafter as auto_drafter
@@ -54,6 +55,7 @@ _HOME = {
     "DraftState": "specfuse.drafters",
     "Drafter": "specfuse.drafters",
     "GenerationStats": "specfuse.stats",
+    "HeadDrafter": "specfuse.drafters",
     "ModelDrafter": "specfuse.drafters",
     "Plan": "specfuse.plan",
     "PromptLookupDrafter": "specfuse.drafters",

@@ -24,7 +24,7 @@ def generate(
     video: Path = typer.Option(..., help="Video file: anything PyAV reads, GIF included."),
     question: str = typer.Option(..., help="What to ask about the video."),
     drafter: str = typer.Option(
-        "auto", help="auto (corpus and lookup), corpus, lookup, none, or the directory of a draft model."
+        "auto", help="auto (corpus and lookup), corpus, lookup, none, or a draft model's or head's directory."
     ),
     nodes: str = typer.Option("32", help="Drafted tokens that one pass may verify; auto: as many as pay."),
     corpus: Path | None = typer.Option(
@@ -117,7 +117,14 @@ def _load(
 
 def _drafter_factory(name: str, corpus: Path | None, target: Any) -> Callable[[], Drafter | None]:
     """Returns what makes a drafter as it is before the first question: what a model holds is loaded once."""
-    from specfuse.drafters import CombinedDrafter, CorpusDrafter, ModelDrafter, PromptLookupDrafter
+    from specfuse.drafters import (
+        CombinedDrafter,
+        CorpusDrafter,
+        HeadDrafter,
+        ModelDrafter,
+        PromptLookupDrafter,
+        holds_head,
+    )
 
     def remembering() -> CorpusDrafter:
         drafter = CorpusDrafter()
@@ -133,6 +140,9 @@ def _drafter_factory(name: str, corpus: Path | None, target: Any) -> Callable[[]
         return lambda: CombinedDrafter([remembering(), PromptLookupDrafter()])
     if not Path(name).exists():
         raise UserError(f"--drafter must be auto, corpus, lookup, none or a model directory, got {name!r}")
+    if holds_head(name):
+        head_drafter = HeadDrafter.from_pretrained(name, target)
+        return lambda: head_drafter
     from specfuse.models.checkpoint import load_draft_model
 
     draft_model = load_draft_model(name, dtype=target.dtype, device=target.device)

@@ -9,17 +9,23 @@ from typing import Any
 from specfuse.drafters.base import Drafter, DraftState, root_only
 from specfuse.drafters.combine import CombinedDrafter
 from specfuse.drafters.corpus import CorpusDrafter
+from specfuse.drafters.head import HeadDrafter
+from specfuse.drafters.head_layer import DraftHead, HeadConfig, holds_head
 from specfuse.drafters.lookup import PromptLookupDrafter
 from specfuse.drafters.model import ModelDrafter
 
 __all__ = [
     "CombinedDrafter",
     "CorpusDrafter",
+    "DraftHead",
     "DraftState",
     "Drafter",
+    "HeadConfig",
+    "HeadDrafter",
     "ModelDrafter",
     "PromptLookupDrafter",
     "auto_drafter",
+    "holds_head",
     "resolve_drafter",
     "root_only",
 ]

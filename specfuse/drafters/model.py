@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specfuse.drafters.base import Drafter, DraftState, root_only
+from specfuse.drafters.same_noise import pick_alike, samples
 from specfuse.tree import TokenTree
 from specfuse.tree_forward import TreeForward
 
@@ -82,7 +83,9 @@ class ModelDrafter(Drafter):
         """Gives every frontier node its children; the best ``branching`` of them are the new frontier."""
         width = min(self.branching, logits.shape[-1])
         chances, tokens = logits.float().softmax(-1).topk(width, dim=-1)
-        sampled = self._sampled(draft, logits, state) if self._samples(state) else None
+        sampled = None
+        if samples(state):
+            sampled = pick_alike(state, logits, draft.root_positions + draft.depth).tolist()
         following = []
         for b, tree in enumerate(growing):
             new = []
@@ -101,23 +104,6 @@ class ModelDrafter(Drafter):
             following.append(sorted(new[: self.branching]))
         draft.depth += 1
         return following
-
-    def _samples(self, state: DraftState) -> bool:
-        return state.choice is not None and state.choice.temperature > 0 and state.choice.processors is None
-
-    def _sampled(self, draft: _Draft, logits: Tensor, state: DraftState) -> list[list[int]]:
-        batch, width, vocab = logits.shape
-        flat = logits.reshape(batch * width, 1, vocab)
-        roots = TokenTree.from_parents([[0]] * len(flat), [[-1]] * len(flat)).to(flat.device)
-        positions = draft.root_positions + draft.depth
-        picked = state.choice.pick(
-            flat,
-            roots,
-            positions.repeat_interleave(width),
-            state.choice.seeds.to(flat.device).repeat_interleave(width),
-        )
-        # -1 (a row without a distribution) becomes token 0: it is only a draft.
-        return picked.next_token.clamp(min=0).reshape(batch, width).tolist()
 
 
 class _Draft:

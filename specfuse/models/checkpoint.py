@@ -37,7 +37,7 @@ def load_video_llava(
     """
     from transformers import AutoProcessor, VideoLlavaForConditionalGeneration
 
-    model_type = _config(directory).get("model_type")
+    model_type = read_config(directory).get("model_type")
     if model_type != "video_llava":
         raise ValueError(f"{directory} holds a {model_type!r} model, not a 'video_llava' one")
     model = _weights(VideoLlavaForConditionalGeneration, directory, dtype)
@@ -61,14 +61,20 @@ def load_draft_model(
     """
     import transformers
 
-    names = _config(directory).get("architectures") or []
+    names = read_config(directory).get("architectures") or []
     model_class = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
     if model_class is None or not model_class.can_generate():
         model_class = transformers.AutoModelForCausalLM
     return _weights(model_class, directory, dtype).to(device).eval()
 
 
-def _config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config.json of a model directory.
+
+    Raises:
+        FileNotFoundError: no such directory.
+        ValueError: a file, or a directory without a valid config.
+    """
     path = Path(directory)
     if not path.exists():
         raise FileNotFoundError(2, "no such model directory", str(directory))
