@@ -5,10 +5,12 @@ Only the sub-command that was asked for is imported, so that ``specfuse --help``
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
+from typing import Any
 
 import typer
 
@@ -43,9 +45,26 @@ def build_app(wanted: str | None) -> typer.Typer:
             raise typer.Exit
 
     for name, (module, function, line) in COMMANDS.items():
-        command = getattr(import_module(module), function) if name == wanted else _placeholder
+        command = _telling(getattr(import_module(module), function)) if name == wanted else _placeholder
         app.command(name, short_help=line)(command)
     return app
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, with what the interrupted command has to say about it."""
+
+
+def _telling(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with Ctrl-C as an exception of ours: typer keeps the exit code alone."""
+
+    @functools.wraps(command)
+    def run_command(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            raise _Interrupted(str(stop)) from None
+
+    return run_command
 
 
 def _placeholder() -> None:
@@ -59,11 +78,8 @@ def run(arguments: Sequence[str]) -> int:
         result = build_app(wanted)(list(arguments) or ["--help"], standalone_mode=False)
         return result if isinstance(result, int) else 0
     except typer.Exit as leave:
-        # Typer turns Ctrl-C into this; what was interrupted may have something to say.
-        if isinstance(leave.__cause__, KeyboardInterrupt):
-            return _fail(str(leave.__cause__) or "interrupted", 130)
         return leave.exit_code
-    except (KeyboardInterrupt, typer.Abort) as stop:
+    except (KeyboardInterrupt, _Interrupted, typer.Abort) as stop:
         return _fail(str(stop) or "interrupted", 130)
     except BrokenPipeError:
         # The reader of a pipe such as `specfuse ... | head` has left; Python must not flush into it at exit.
