@@ -77,6 +77,13 @@ def test_split_gives_the_rest_to_the_last(count: int, parts: int) -> None:
     assert np.concatenate([piece.t for piece in pieces]).tolist() == list(range(count))
 
 
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_every_leaves_the_rest_to_the_last(count: int, each: int) -> None:
+    pieces = stream(list(range(count))).every(each)
+    assert [len(piece) for piece in pieces] == [each] * (count // each) + [count % each] * (count % each > 0)
+    assert [t for piece in pieces for t in piece.t] == list(range(count))
+
+
 def test_by_index() -> None:
     events = stream(list(range(10)))
     assert events.by_index(2, 5).t.tolist() == [2, 3, 4]
@@ -84,3 +91,5 @@ def test_by_index() -> None:
         events.by_index(3, 11)
     with pytest.raises(ValueError, match="parts must be at least 1, got 0"):
         events.split(0)
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        events.every(0)

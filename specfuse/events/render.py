@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, overload
+
 import numpy as np
 
 from specfuse.events.stream import EventStream
+from specfuse.events.tensors import EventTensors
 
-_OFF_ON = np.array([0, 0, 255, 255, 0, 0], np.uint8).view("V3")  # blue, red
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 1 << 16  # events drawn at a time: their pixel numbers stay in the processor's cache
+PALETTE = ((0, 0, 255), (255, 0, 0), (255, 255, 255))  # of OFF, ON, and a pixel without events
+NONE = 2  # the last colour's number
+
+Size = tuple[int, int] | str | None
+
+
+@overload
+def render_eventgpt(stream: EventStream, num_images: int = 5, size: Size = None) -> list[np.ndarray]: ...
+
+
+@overload
+def render_eventgpt(stream: EventTensors, num_images: int = 5, size: Size = None) -> list[Tensor]: ...
 
 
 def render_eventgpt(
-    stream: EventStream, num_images: int = 5, size: tuple[int, int] | str | None = None
-) -> list[np.ndarray]:
+    stream: EventStream | EventTensors, num_images: int = 5, size: Size = None
+) -> list[np.ndarray] | list[Tensor]:
     """EventGPT's pictures: red and blue dots on white, one picture per equal share of the events.
 
     The stream is cut into ``num_images`` pieces of ``len(stream) // num_images`` events; the last takes the
@@ -24,13 +42,13 @@ def render_eventgpt(
             image[y, x] = (0, 0, 255) if p == 0 else (255, 0, 0)
 
     Args:
-        stream: E events.
+        stream: E events; as tensors, the pictures are made on their device, equal byte for byte.
         num_images: n, how many pictures.
         size: ``(height, width)`` of the pictures; None for the sensor's; ``"infer"`` for each piece's own
             ``max(y) + 1`` by ``max(x) + 1``, as EventGPT does.
 
     Returns:
-        n arrays ``[H, W, 3]``, uint8 RGB.
+        n arrays, or tensors of the stream's device, ``[H, W, 3]``, uint8 RGB.
 
     Raises:
         ValueError: ``num_images`` below 1; a size too small for the events; ``"infer"`` with an empty piece.
@@ -39,10 +57,12 @@ def render_eventgpt(
     """
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
-    return [_picture(piece, _canvas(piece, i, size)) for i, piece in enumerate(stream.split(num_images))]
+    pieces: list[Any] = list(stream.split(num_images))
+    draw: Any = _picture if isinstance(stream, EventStream) else _tensor_picture
+    return [draw(piece, _canvas(piece, i, size)) for i, piece in enumerate(pieces)]
 
 
-def _canvas(piece: EventStream, number: int, size: tuple[int, int] | str | None) -> tuple[int, int]:
+def _canvas(piece: EventStream | EventTensors, number: int, size: Size) -> tuple[int, int]:
     if size is None:
         return piece.height, piece.width
     needed = (int(piece.y.max()) + 1, int(piece.x.max()) + 1) if len(piece) else (0, 0)
@@ -61,8 +81,25 @@ def _canvas(piece: EventStream, number: int, size: tuple[int, int] | str | None)
 
 
 def _picture(piece: EventStream, canvas: tuple[int, int]) -> np.ndarray:
-    image = np.full((*canvas, 3), 255, np.uint8)
-    # NumPy stores repeated indices in order, so the last event of a pixel stays. A colour is one 3-byte item.
-    pixels = image.reshape(-1).view("V3")
-    pixels[piece.y.astype(np.intp) * canvas[1] + piece.x] = _OFF_ON[piece.p]
-    return image
+    colours = np.full(canvas[0] * canvas[1], NONE, np.uint8)
+    for start in range(0, len(piece), BLOCK):
+        part = slice(start, start + BLOCK)
+        pixels = piece.y[part].astype(np.intp)
+        pixels *= canvas[1]
+        pixels += piece.x[part]
+        # NumPy stores repeated indices in order, so the last event of a pixel stays.
+        colours[pixels] = piece.p[part]
+    return np.array(PALETTE, np.uint8)[colours].reshape(*canvas, 3)
+
+
+def _tensor_picture(piece: EventTensors, canvas: tuple[int, int]) -> Tensor:
+    import torch
+
+    device = piece.p.device
+    # Which of several stores to one place stays is not defined on a GPU; the largest number is. Numbers
+    # grow with the events and their last bit is the polarity.
+    number = torch.arange(len(piece), device=device) * 2 + piece.p
+    last = torch.full((canvas[0] * canvas[1],), -1, dtype=torch.int64, device=device)
+    last.scatter_reduce_(0, piece.y.long() * canvas[1] + piece.x, number, "amax")
+    colours = torch.where(last < 0, NONE, last & 1)
+    return torch.tensor(PALETTE, dtype=torch.uint8, device=device)[colours].reshape(*canvas, 3)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from specfuse.events.tensors import EventTensors
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,8 @@ class EventStream:
             object.__setattr__(self, name, _column(name, getattr(self, name), kind, len(self.t)))
         _inside("x", self.x, self.width, "width")
         _inside("y", self.y, self.height, "height")
-        if (wrong := self.p > 1).any():
-            i = int(np.argmax(wrong))
+        if len(self.p) and self.p.max() > 1:
+            i = int(np.argmax(self.p > 1))
             raise ValueError(f"p[{i}] is {self.p[i]}: polarity must be 0 or 1")
         if (back := self.t[1:] < self.t[:-1]).any():
             i = int(np.argmax(back)) + 1
@@ -88,11 +94,23 @@ class EventStream:
         Raises:
             ValueError: ``parts`` below 1.
         """
-        if parts < 1:
-            raise ValueError(f"parts must be at least 1, got {parts}")
-        each = len(self) // parts
-        edges = [each * i for i in range(parts)] + [len(self)]
-        return [self._part(a, b) for a, b in pairwise(edges)]
+        return [self._part(a, b) for a, b in pairwise(shares(len(self), parts))]
+
+    def every(self, count: int) -> list[EventStream]:
+        """Pieces of ``count`` events each, in order; the last one holds what is left. None of no events.
+
+        Raises:
+            ValueError: ``count`` below 1.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        return [self._part(a, min(a + count, len(self))) for a in range(0, len(self), count)]
+
+    def tensors(self, device: torch.device | str = "cpu") -> EventTensors:
+        """A copy of the columns as torch tensors on ``device``, for pictures and grids made there."""
+        from specfuse.events.tensors import EventTensors
+
+        return EventTensors.of(self, device)
 
     def _part(self, first: int, last: int) -> EventStream:
         # A piece of a valid stream is valid: nothing is checked again, which makes slicing free.
@@ -102,6 +120,17 @@ class EventStream:
         object.__setattr__(piece, "width", self.width)
         object.__setattr__(piece, "height", self.height)
         return piece
+
+
+def shares(count: int, parts: int) -> list[int]:
+    """Where ``parts`` pieces of ``count // parts`` begin, and where the last, which takes the rest, ends.
+
+    Raises:
+        ValueError: ``parts`` below 1.
+    """
+    if parts < 1:
+        raise ValueError(f"parts must be at least 1, got {parts}")
+    return [count // parts * i for i in range(parts)] + [count]
 
 
 def _column(name: str, values: np.ndarray, kind: type, length: int) -> np.ndarray:
