@@ -11,7 +11,7 @@ from event_cases import noise, streams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specfuse.events import EventStream, counts, render_eventgpt, time_surface, voxel_grid
+from specfuse.events import EventStream, EventTensors, counts, render_eventgpt, time_surface, voxel_grid
 
 
 def counts_loop(events: EventStream) -> np.ndarray:
@@ -52,7 +52,7 @@ def test_as_the_loops(events: EventStream, bins: int, before: int, after: int) -
 @settings(deadline=None)  # the first call of torch takes its time
 @given(streams(1), st.integers(1, 5))
 def test_torch_as_numpy(events: EventStream, bins: int) -> None:
-    tensors = events.tensors()
+    tensors = EventTensors.of(events)
     assert torch.equal(counts(tensors), torch.from_numpy(counts(events)))
     torch.testing.assert_close(voxel_grid(tensors, bins), torch.from_numpy(voxel_grid(events, bins)))
     start, stop = int(events.t[0]) - 7, int(events.t[-1]) + 7
@@ -69,7 +69,7 @@ def test_torch_as_numpy(events: EventStream, bins: int) -> None:
 @pytest.mark.gpu
 def test_a_gpu_as_the_cpu() -> None:
     events = noise(300_000, 64, 48)
-    here, there = events.tensors(), events.tensors("cuda")
+    here, there = EventTensors.of(events), EventTensors.of(events, "cuda")
     assert all(
         torch.equal(a.cpu(), b) for a, b in zip(render_eventgpt(there), render_eventgpt(here), strict=True)
     )
@@ -80,13 +80,13 @@ def test_a_gpu_as_the_cpu() -> None:
 
 def test_all_of_the_torch_side_sees_large_coordinates() -> None:
     events = EventStream([40_000, 3], [0, 1], [0, 1], [1, 0], 40_001, 2)
-    assert counts(events.tensors())[1, 0, 40_000] == 1
-    assert events.tensors().x.tolist() == [40_000, 3]
+    assert counts(EventTensors.of(events))[1, 0, 40_000] == 1
+    assert EventTensors.of(events).x.tolist() == [40_000, 3]
 
 
 def test_pieces_of_tensors_are_those_of_the_stream() -> None:
     events = noise(11, 4, 4, start_us=10**12)
-    pieces = zip(events.tensors().split(3), events.split(3), strict=True)
+    pieces = zip(EventTensors.of(events).split(3), events.split(3), strict=True)
     assert all((a.t + a.origin_us).tolist() == b.t.tolist() for a, b in pieces)
 
 
@@ -96,7 +96,7 @@ def test_voxels_keep_the_sum_of_polarities() -> None:
     np.testing.assert_allclose(voxel_grid(events, 7).sum(0), balance, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [lambda s: s, lambda s: s.tensors()], ids=["numpy", "torch"])
+@pytest.mark.parametrize("make", [lambda s: s, EventTensors.of], ids=["numpy", "torch"])
 def test_bad_arguments(make: Callable[[EventStream], EventStream]) -> None:
     events = make(EventStream([0, 1], [0, 0], [10, 20], [0, 1], 2, 1))
     with pytest.raises(ValueError, match="bins must be at least 1, got 0"):

@@ -16,6 +16,8 @@ BLOCK = 1 << 16  # events drawn at a time: their pixel numbers stay in the proce
 PALETTE = ((0, 0, 255), (255, 0, 0), (255, 255, 255))  # of OFF, ON, and a pixel without events
 NONE = 2  # the last colour's number
 
+_OFF_ON = np.array(PALETTE[:NONE], np.uint8).reshape(-1).view("V3")
+
 Size = tuple[int, int] | str | None
 
 
@@ -89,7 +91,11 @@ def _picture(piece: EventStream, canvas: tuple[int, int]) -> np.ndarray:
         pixels += piece.x[part]
         # NumPy stores repeated indices in order, so the last event of a pixel stays.
         colours[pixels] = piece.p[part]
-    return np.array(PALETTE, np.uint8)[colours].reshape(*canvas, 3)
+    image = np.full((*canvas, 3), PALETTE[NONE], np.uint8)
+    drawn = np.flatnonzero(colours != NONE)
+    # A colour is one item of three bytes.
+    image.reshape(-1).view("V3")[drawn] = _OFF_ON[colours[drawn]]
+    return image
 
 
 def _tensor_picture(piece: EventTensors, canvas: tuple[int, int]) -> Tensor:

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-
-    from specfuse.events.tensors import EventTensors
 
 
 @dataclass(frozen=True)
@@ -105,12 +99,6 @@ class EventStream:
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         return [self._part(a, min(a + count, len(self))) for a in range(0, len(self), count)]
-
-    def tensors(self, device: torch.device | str = "cpu") -> EventTensors:
-        """A copy of the columns as torch tensors on ``device``, for pictures and grids made there."""
-        from specfuse.events.tensors import EventTensors
-
-        return EventTensors.of(self, device)
 
     def _part(self, first: int, last: int) -> EventStream:
         # A piece of a valid stream is valid: nothing is checked again, which makes slicing free.

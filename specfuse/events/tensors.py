@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EventTensors:
-    """E events in order of time, as tensors of one device. ``EventStream.tensors`` makes them.
+    """E events in order of time, as tensors of one device. ``EventTensors.of`` makes them.
 
     Nothing is checked: the stream they come from was. Times are kept relative to its first event, so that
     devices without float64 compute with them exactly for 16 seconds and more.
@@ -41,7 +41,7 @@ class EventTensors:
     origin_us: int = 0
 
     @classmethod
-    def of(cls, stream: EventStream, device: torch.device | str) -> EventTensors:
+    def of(cls, stream: EventStream, device: torch.device | str = "cpu") -> EventTensors:
         """A copy of a stream's columns on ``device``."""
         import torch
 
