@@ -63,16 +63,7 @@ def _block(
     number: int, directory: Path
 ) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray, list[Question]]]:
     path = directory / f"world-{WORLD_SEED}-{SIZE}-{_version()}-{number:04d}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            parts = {name: file[name] for name in ("frames", "patches", "facts", "questions")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        parts = _draw(number)
-        # Another run may read while this one writes.
-        part = path.with_suffix(f".{os.getpid()}.tmp")
-        with part.open("wb") as file:
-            np.savez(file, **parts)  # type: ignore[arg-type]
-        part.replace(path)
+    parts = stored(path, ("frames", "patches", "facts", "questions"), lambda: _draw(number))
     asked = json.loads(parts["questions"].tobytes())
     questions = [[Question(**fields) for fields in clip_] for clip_ in asked]
     first = number * BLOCK
@@ -82,6 +73,26 @@ def _block(
     ]
 
 
+def stored(
+    path: Path,
+    names: Sequence[str],
+    draw: Callable[[], dict[str, np.ndarray]],
+    write: Callable[..., None] = np.savez,
+) -> dict[str, np.ndarray]:
+    """The arrays of a file; where it is missing, broken or lacks one, they are drawn and written first."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        parts = draw()
+    # Another run may read while this one writes.
+    part = path.with_suffix(f".{os.getpid()}.tmp")
+    with part.open("wb") as file:
+        write(file, **parts)
+    part.replace(path)
+    return parts
+
+
 @lru_cache(maxsize=1)
 def _version() -> str:
     """Names the code that draws and labels: after a change of it, blocks of before are not read."""
@@ -89,8 +100,13 @@ def _version() -> str:
     return f"{zlib.crc32(b''.join(path.read_bytes() for path in sorted(sources))):08x}"
 
 
+def block_of(number: int) -> range:
+    """Indices of the clips in a block."""
+    return range(number * BLOCK, min((number + 1) * BLOCK, NUM_CLIPS))
+
+
 def _draw(number: int) -> dict[str, np.ndarray]:
-    clips = [clip(i, SIZE) for i in range(number * BLOCK, min((number + 1) * BLOCK, NUM_CLIPS))]
+    clips = [clip(i, SIZE) for i in block_of(number)]
     asked = json.dumps([[asdict(question) for question in c.questions] for c in clips])
     return {
         "frames": np.stack([c.frames for c in clips]),
