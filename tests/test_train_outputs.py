@@ -51,7 +51,7 @@ def monkeypatch_module():
 def test_answers_are_those_of_generate(target, tokenizer, clips: Clips) -> None:
     processor = build_processor(tokenizer)
     asked = [[q.text for q in clips.questions[0][:5]], [q.text for q in clips.questions[1][3:10]]]
-    answers = answer_fully(target, tokenizer, pixels(clips.frames[:2]), asked, longest=24)
+    answers = answer_fully(target, tokenizer, pixels(clips.frames[:2]), asked, 24)
     ended = 0
     for index, (texts, said) in enumerate(zip(asked, answers, strict=True)):
         assert len(texts) == len(said)

@@ -71,11 +71,35 @@ def _corpus(request: Request, report: Report) -> dict[str, Any]:
     return train_corpus(settings, report)
 
 
+def _head(request: Request, report: Report) -> dict[str, Any]:
+    from specfuse.generate import SpeculativeGenerator
+    from specfuse.train.head import PLANS, HeadSettings, train_head
+
+    minutes = "" if request.minutes is None else f" --minutes {request.minutes:g}"
+    settings = HeadSettings(
+        directory=request.out,
+        target=request.needed_target(),
+        plan=PLANS[request.preset.name],
+        cache=request.cache,
+        minutes=request.minutes,
+        seed=request.seed,
+        resume=request.resume,
+        device=request.device,
+        command=f"specfuse train head --target TARGET --preset {request.preset.name}{minutes} "
+        f"--seed {request.seed} --out DIR",
+    )
+    return train_head(settings, SpeculativeGenerator, report)
+
+
 # What can be trained: a function that trains it and gives back its figures, and what to try next.
 MODELS: dict[str, tuple[Callable[[Request, Report], dict[str, Any]], str]] = {
     "target": (
         _target,
         "specfuse generate --model {out} --video CLIP --question 'What is the weather like?'",
+    ),
+    "head": (
+        _head,
+        "specfuse generate --model {target} --drafter {out} --video CLIP --question 'What is happening?'",
     ),
     "corpus": (_corpus, "specfuse demo --model {target} --corpus {out}/answers.safetensors"),
 }
@@ -122,8 +146,14 @@ def train(
         print_json(figures)
         return
     for name, value in figures.items():
-        print(f"{name:16} {value:.1%}" if isinstance(value, float) else f"{name:16} {value}")
+        print(f"{name:16} {_shown(value)}")
     print("try: " + hint.format(out=out, target=target))
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.1%}" if value <= 1 else f"{value:.2f}"
 
 
 def _default_cache() -> Path:

@@ -55,6 +55,46 @@ True answer: what was said how often, for each kind.
 """
 
 
+HEAD_CARD = """---
+library_name: specfuse
+license: apache-2.0
+---
+# A drafting head for the tiny Video-LLaVA
+
+One transformer layer ({parameters:,} parameters) on the target's hidden states{events}, for
+`specfuse.HeadDrafter`. It can not change an answer, only the number of passes that it takes.
+
+- Data: world {world}; what the target itself says about {train_clips} training clips.
+- Command: `{command}`
+- Seed {seed}; {steps} steps in {minutes:.1f} minutes.
+- {versions}.
+
+## On {clips} held-out clips
+
+| draft | right, where those before were |
+|---|---|
+{acceptance}
+
+Above, the head's first choice along {answers} answers of the target. In {calls} calls of
+`specfuse.generate` with trees of 16 drafts: **{tokens_per_pass:.2f} tokens per pass**, tokens identical to
+plain decoding in {identical:.1%} of the calls; per pass {draft_us} us of drafting and {pass_us} us for the
+rest, without drafts {plain_pass_us} us.
+
+    drafter = specfuse.HeadDrafter.from_pretrained("this directory", target)
+    specfuse.generate(target, drafter, **inputs)
+"""
+
+
+def write_head_card(directory: Path, figures: dict[str, Any], about: dict[str, Any]) -> None:
+    """Writes ``README.md`` of a head from the figures of ``specfuse.train.head_report.measure``."""
+    depths = sorted(name for name in figures if name.startswith("acceptance_"))
+    lines = [f"| {name.removeprefix('acceptance_')} | {figures[name]:.1%} |" for name in depths]
+    card = HEAD_CARD.format(
+        world=WORLD_SEED, versions=_versions(), acceptance="\n".join(lines), **figures, **about
+    )
+    (directory / "README.md").write_text(card)
+
+
 def write_card(
     directory: Path,
     accuracy: Accuracy,

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STATE = "training.pt"
+"""What a run resumes from, in the directory that it writes."""
 WARM_UP = 60  # steps
 LAST_RATE = 0.02  # of the highest
 CLIP_NORM = 1.0
 SAVE_EVERY_SECONDS = 60.0
+Report = Callable[[str, float, str], None]  # stage, share done, what to show
 
 
 @dataclass(slots=True)
@@ -128,6 +131,25 @@ def _interrupts() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def check_run(directory: Path, minutes: float | None, resume: bool) -> None:
+    """Raises for a directory that a run must not write to, or can not be resumed from, and for no time.
+
+    Raises:
+        NotADirectoryError: the directory is a file.
+        FileExistsError: it holds files and ``resume`` is not set.
+        FileNotFoundError: ``resume`` is set and there is nothing to resume.
+        ValueError: minutes of 0 or below.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(20, "not a directory", str(directory))
+    if not resume and directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty")
+    if resume and not (directory / STATE).exists():
+        raise FileNotFoundError(2, "no training to resume", str(directory / STATE))
+    if minutes is not None and minutes <= 0:
+        raise ValueError(f"minutes must be above 0, got {minutes}")
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:

@@ -67,13 +67,14 @@ def collect_outputs(
     for first in range(0, len(missing), GROUP):
         group = missing[first : first + GROUP]
         questions = [[question.text for question in clips.questions[position]] for position in group]
-        answers = answer_fully(model, tokenizer, pixels(clips.frames[group]), questions)
-        with path.open("a") as file:
+        answers = answer_fully(model, tokenizer, pixels(clips.frames[group]), questions, LONGEST)
+        # Unbuffered: a line is one write, so that two runs may share a file.
+        with path.open("ab", buffering=0) as file:
             for position, said in zip(group, answers, strict=True):
                 clip, asked = int(clips.indices[position]), clips.questions[position]
                 known[clip] = [Output(clip, q.kind, q.text, t) for q, t in zip(asked, said, strict=True)]
                 rows = [output[1:] for output in known[clip]]
-                file.write(json.dumps([clip, rows], separators=(",", ":")) + "\n")
+                file.write(json.dumps([clip, rows], separators=(",", ":")).encode() + b"\n")
         done(len(wanted) - len(missing) + first + len(group))
     return [output for clip in wanted for output in known[clip]]
 
@@ -84,7 +85,7 @@ def answer_fully(
     tokenizer: PreTrainedTokenizerFast,
     videos: Tensor,
     questions: Sequence[Sequence[str]],
-    longest: int = LONGEST,
+    longest: int,
 ) -> list[list[list[int]]]:
     """Tokens of ``model.generate``'s greedy answers to several questions about each of several clips.
 

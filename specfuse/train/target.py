@@ -18,7 +18,7 @@ from specfuse.train.card import write_card, write_curves
 from specfuse.train.clip_store import Clips, load_clips
 from specfuse.train.evaluate import Accuracy, answer_greedily, evaluate
 from specfuse.train.language import Features, LanguageBatches, answer_loss
-from specfuse.train.loop import Budget, Progress, read_state, run_stage, write_state
+from specfuse.train.loop import STATE, Budget, Progress, Report, check_run, read_state, run_stage, write_state
 from specfuse.train.presets import Preset
 from specfuse.train.tokenizer import train_tokenizer
 from specfuse.train.vision import Heads, facts_loss, vision_loss
@@ -26,11 +26,9 @@ from specfuse.train.vision import Heads, facts_loss, vision_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-STATE = "training.pt"
 WEIGHT_DECAY = 0.05
 FACTS_WEIGHT = 0.1  # twenty facts to one answer
 TOWER_SLOWER = 0.1  # the tower's learning rate in stage 2, as a share of the language model's
-Report = Callable[[str, float, str], None]  # stage, share done, what to show
 
 
 @dataclass(slots=True)
@@ -164,7 +162,7 @@ def train_target(settings: Settings, report: Report = lambda stage, share, text:
         ValueError: the state to resume is broken or belongs to other settings.
     """
     directory, preset = settings.directory, settings.preset
-    _check(settings)
+    check_run(directory, settings.minutes, settings.resume)
     train, held_out = _clips(settings, report)
     tokenizer = train_tokenizer((q for asked in train.questions for q in asked), preset.vocabulary)
     training = TargetTraining(settings, tokenizer, train)
@@ -194,18 +192,6 @@ def save_model(training: TargetTraining) -> None:
     halves = {name: value.half() for name, value in training.model.state_dict().items()}
     training.model.save_pretrained(training.settings.directory, state_dict=halves)
     build_processor(training.tokenizer).save_pretrained(training.settings.directory)
-
-
-def _check(settings: Settings) -> None:
-    directory = settings.directory
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(20, "not a directory", str(directory))
-    if not settings.resume and directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty")
-    if settings.resume and not (directory / STATE).exists():
-        raise FileNotFoundError(2, "no training to resume", str(directory / STATE))
-    if settings.minutes is not None and settings.minutes <= 0:
-        raise ValueError(f"minutes must be above 0, got {settings.minutes}")
 
 
 def _clips(settings: Settings, report: Report) -> tuple[Clips, Clips]:

@@ -1,0 +1,225 @@
+"""Trains a drafting head on what a target says: ``specfuse train head``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specfuse.data.world import WORLD_SEED, split
+from specfuse.drafters import DraftHead, HeadConfig
+from specfuse.models.checkpoint import load_video_llava
+from specfuse.train.card import write_curves, write_head_card
+from specfuse.train.clip_store import Clips, load_clips
+from specfuse.train.head_batches import EventFeatures, Teacher
+from specfuse.train.head_loss import head_loss
+from specfuse.train.head_report import MakeGenerator, measure
+from specfuse.train.loop import STATE, Budget, Progress, Report, check_run, read_state, run_stage, write_state
+from specfuse.train.outputs import Output, collect_outputs, weights_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, VideoLlavaForConditionalGeneration
+
+WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPlan:
+    """The size of a head and of its training."""
+
+    pool: int  # first clips of the training split,
+    train_clips: int  # of which those whose answers are learned from are spread evenly
+    held_out_clips: int
+    heads: int
+    inner: int
+    levels: int  # that the head is unrolled to
+    clips: int  # of a batch
+    rows: int  # answers about each
+    rate: float
+    minutes: float
+
+
+PLANS = {
+    "tiny": HeadPlan(4166, 600, 40, heads=4, inner=256, levels=4, clips=4, rows=10, rate=2e-3, minutes=12.0),
+    "micro": HeadPlan(12, 12, 2, heads=2, inner=32, levels=3, clips=2, rows=4, rate=1e-2, minutes=0.1),
+}
+
+
+@dataclass(slots=True)
+class HeadSettings:
+    """What a run is made of."""
+
+    directory: Path
+    target: Path
+    plan: HeadPlan
+    cache: Path  # of drawn clips, and of what the target says
+    minutes: float | None = None
+    steps: int | None = None  # instead of minutes
+    seed: int = 0
+    resume: bool = False
+    device: str = "cpu"
+    command: str = "specfuse train head"
+    events: EventFeatures | None = None
+    event_width: int = 0
+
+
+class HeadTraining:
+    """The head and the state of one run."""
+
+    def __init__(self, settings: HeadSettings, model: VideoLlavaForConditionalGeneration):
+        self.settings, self.model = settings, model
+        text, plan = model.config.get_text_config(), settings.plan
+        config = HeadConfig(
+            text.hidden_size, text.vocab_size, plan.heads, plan.inner, event_width=settings.event_width
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.head = DraftHead(config).to(model.device)
+        groups = [{"params": list(self.head.parameters()), "rate": plan.rate}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
+        self.progress = Progress()
+        self.identity = {
+            "seed": settings.seed,
+            "world": WORLD_SEED,
+            "weights": weights_digest(model),
+            "event_width": settings.event_width,
+            **asdict(plan),
+        }
+
+    def save(self) -> None:
+        """Writes the state into the directory."""
+        state = {
+            "settings": self.identity,
+            "minutes": self.settings.minutes,
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        write_state(self.settings.directory / STATE, state)
+
+    def load(self) -> None:
+        """Reads the state from the directory; raises what ``specfuse.train.loop.read_state`` does."""
+        path = self.settings.directory / STATE
+        state = read_state(path, self.identity)
+        try:
+            self.head.load_state_dict(state["head"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
+            if self.settings.minutes is None:
+                self.settings.minutes = state["minutes"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} does not fit this head: {str(error).splitlines()[0]}") from None
+
+    def run(self, teacher: Teacher, report: Report) -> None:
+        """Trains until the budget is used."""
+        settings, plan = self.settings, self.settings.plan
+
+        def loss_at(step: int, share: float) -> Tensor:
+            rows = teacher.at(settings.seed, step, plan.clips, plan.rows)
+            return head_loss(self.head, self.model, rows, plan.levels)
+
+        def tell(progress: Progress, share: float) -> None:
+            report("head", share, f"step {progress.step}, loss {np.mean(progress.losses[-50:]):.3f}")
+
+        self.head.train()
+        budget = Budget(60 * (settings.minutes or plan.minutes), settings.steps)
+        run_stage(self.optimizer, loss_at, budget, self.progress, self.save, tell)
+
+
+def train_head(
+    settings: HeadSettings, generator: MakeGenerator, report: Report = lambda stage, share, text: None
+) -> dict[str, Any]:
+    """Trains a head on the target's own outputs, writes its directory and measures it on held-out clips.
+
+    Args:
+        settings: what to train, for whom, where and for how long.
+        generator: ``specfuse.SpeculativeGenerator``, that it is measured with.
+        report: is told about progress.
+
+    Returns:
+        The figures in ``figures.json``: see ``specfuse.train.head_report.measure``.
+
+    Raises:
+        FileExistsError, FileNotFoundError: as ``specfuse.train.loop.check_run``, or no target.
+        ValueError: a broken target, or a state to resume that is broken or belongs to other settings.
+    """
+    directory = settings.directory
+    check_run(directory, settings.minutes, settings.resume)
+    model, processor = load_video_llava(settings.target, dtype=torch.float32, device=settings.device)
+    model.requires_grad_(False)
+    training = HeadTraining(settings, model)
+    if settings.resume:
+        training.load()
+    clips, outputs = _outputs(settings, model, processor.tokenizer, report)
+    directory.mkdir(parents=True, exist_ok=True)
+    learned = settings.plan.train_clips
+    seen = set(clips.indices[:learned].tolist())
+    teacher = Teacher(model, processor.tokenizer, clips, outputs, settings.events)
+    teacher.clips = [clip for clip in teacher.clips if clip in seen]
+    training.run(teacher, report)
+    training.head.eval().save_pretrained(directory)
+    # What is measured is what was written.
+    head = DraftHead.from_pretrained(directory).to(model.device)
+    held_out = [output for output in outputs if output.clip not in seen]
+    figures = measure(
+        head,
+        teacher,
+        processor.tokenizer,
+        clips,
+        held_out,
+        generator,
+        lambda share: report("held out", share, "drafting"),
+    )
+    figures |= {"steps": training.progress.step, "minutes": round(training.progress.seconds / 60, 2)}
+    (directory / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    events = ", fused with features of events" if settings.event_width else ""
+    about = {
+        "command": settings.command,
+        "seed": settings.seed,
+        "train_clips": learned,
+        "events": events,
+    }
+    write_head_card(directory, figures, about)
+    write_curves(directory, {"head": training.progress})
+    return figures
+
+
+def _outputs(
+    settings: HeadSettings,
+    model: VideoLlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    report: Report,
+) -> tuple[Clips, list[Output]]:
+    """Clips, those to learn from first, and what the target says about them."""
+    train, held_out = split("train")[: settings.plan.pool], split("held_out")
+    chosen = np.concatenate(
+        [
+            pool[np.linspace(0, len(pool) - 1, count).astype(int)]
+            for pool, count in (
+                (train, settings.plan.train_clips),
+                (held_out, settings.plan.held_out_clips),
+            )
+        ]
+    )
+    total = len(chosen)
+    clips = load_clips(chosen, settings.cache, lambda n: report("clips", n / total, f"{n} of {total} drawn"))
+    outputs = collect_outputs(
+        model,
+        tokenizer,
+        clips,
+        range(total),
+        outputs_file(settings.cache, model),
+        lambda n: report("answers", n / total, f"about {n} of {total} clips"),
+    )
+    return clips, outputs
+
+
+def outputs_file(cache: str | os.PathLike[str], model: torch.nn.Module) -> Path:
+    """Where the cache keeps what a target says: every training that learns from it reads the same file."""
+    return Path(cache) / f"outputs-{weights_digest(model)}.jsonl"
