@@ -1,0 +1,121 @@
+"""Events in ``.npz``: arrays x, y, t, p and, where known, width and height.
+
+What ``numpy.savez`` wrote is not compressed: such arrays are mapped into memory and read where they are used.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from specfuse.events.source import EventFile
+from specfuse.events.stream import EventStream
+
+ALIGNMENT = 64  # bytes; torch and vector instructions like it
+PADDING = 0xD935  # id of the extra field that Android's zipalign pads archives with
+
+
+def open_npz(path: str) -> EventFile:
+    """Opens a file of ``write_npz`` or ``numpy.savez``.
+
+    Raises:
+        ValueError: not such a file, a broken one, or one without x, y, t, p.
+    """
+    try:
+        columns = _members(path, {"x", "y", "t", "p", "width", "height"})
+    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, RuntimeError) as error:
+        raise ValueError(f"{path} is not a whole .npz file (truncated?): {error}") from None
+    missing = [name for name in "xytp" if name not in columns]
+    if missing:
+        raise ValueError(f"{path} must hold arrays x, y, t and p; {', '.join(missing)} missing")
+    size = None
+    if {"width", "height"} <= columns.keys():
+        if any(
+            columns[name].shape != () or columns[name].dtype.kind not in "iu" for name in ("width", "height")
+        ):
+            raise ValueError(f"{path}: width and height must each be one whole number")
+        size = int(columns["height"]), int(columns["width"])
+    return EventFile(path, "npz", {name: columns[name] for name in "xytp"}, size)
+
+
+def write_npz(path: str | os.PathLike[str], stream: EventStream, compress: bool = False) -> None:
+    """Writes x, y, t, p, width and height; readable with ``numpy.load``.
+
+    Args:
+        path: of the file; replaced when it is complete.
+        stream: E events.
+        compress: a third of the size, but then slices cannot be read without reading all.
+    """
+    columns = {"x": stream.x, "y": stream.y, "t": stream.t, "p": stream.p}
+    columns |= {"width": np.array(stream.width), "height": np.array(stream.height)}
+    target = Path(path)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+            for name, values in columns.items():
+                member = zipfile.ZipInfo(f"{name}.npy")
+                member.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+                # In front of the data: 30 bytes and the name, 20 for sizes above 4 GiB, then the padding.
+                empty = -(file.tell() + 30 + len(member.filename) + 20 + 4) % ALIGNMENT
+                member.extra = struct.pack("<HH", PADDING, empty) + bytes(empty)
+                with archive.open(member, "w", force_zip64=True) as out:
+                    np.lib.format.write_array(out, values, allow_pickle=False)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _members(path: str, wanted: set[str]) -> dict[str, np.ndarray]:
+    found = {}
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name not in wanted or name == member.filename:
+                continue
+            try:
+                if member.compress_type == zipfile.ZIP_STORED:
+                    found[name] = _mapped(path, file, member)
+                else:
+                    with archive.open(member) as stream:
+                        found[name] = np.lib.format.read_array(stream, allow_pickle=False)
+            except ValueError as error:
+                raise ValueError(f"{path}: {name} is no readable array: {error}") from None
+    return found
+
+
+def _mapped(path: str, file: IO[bytes], member: zipfile.ZipInfo) -> np.ndarray:
+    """An array stored as it is inside an archive, mapped read-only."""
+    file.seek(member.header_offset)
+    header = file.read(30)
+    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+    begin = member.header_offset + 30 + name_bytes + extra_bytes
+    file.seek(begin)
+    shape, fortran, dtype = read_header(file)
+    offset = file.tell()
+    if dtype.hasobject:
+        raise ValueError("Python objects are not read")
+    count = int(np.prod(shape, dtype=np.int64))
+    if offset - begin + count * dtype.itemsize != member.file_size:
+        raise ValueError(f"truncated: {count} of {dtype} do not fit its {member.file_size} bytes")
+    if not count or not shape:
+        return np.frombuffer(file.read(count * dtype.itemsize), dtype).reshape(shape)
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and type of the ``.npy`` data that follow in an open file.
+
+    Raises:
+        ValueError: not the beginning of a ``.npy`` file.
+    """
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the .npy format is not known")
+    return readers[version](file)

@@ -1,0 +1,167 @@
+"""EventFile: the events of a recording, read piece by piece."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from specfuse.events.stream import EventStream
+
+
+@dataclass
+class EventFile:
+    """Four columns that are sliced, on disk or in memory; a context manager.
+
+    ``specfuse.events.open_events`` makes them. What a slice holds is checked when it is read.
+
+    Args:
+        path: of the file, for messages.
+        format: its name in ``specfuse.events.FORMATS``.
+        columns: x, y, t and p, ``[E]`` each: anything with a length and slices that are arrays. ``t`` counts
+            microseconds after ``offset_us``.
+        size: ``(height, width)`` of the sensor; None where the file does not tell: then the largest
+            coordinates of the whole file decide.
+        offset_us: added to ``t``.
+        ms_to_idx: number of the first event at or after every millisecond of ``t``, if the file has it.
+        release: closes what the columns are read from.
+    """
+
+    path: str
+    format: str
+    columns: dict[str, Any]
+    size: tuple[int, int] | None = None
+    offset_us: int = 0
+    ms_to_idx: np.ndarray | None = None
+    release: Callable[[], object] = field(default=lambda: None, repr=False)
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(column) for name, column in self.columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"{self.path}: x, y, t and p must be equally long, got {lengths}")
+        for name, column in self.columns.items():
+            if column.dtype.kind not in "iubf":
+                raise ValueError(f"{self.path}: {name} must hold numbers, got {column.dtype}")
+
+    def __len__(self) -> int:
+        return len(self.columns["t"])
+
+    def __enter__(self) -> EventFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives back what the file holds; slices that were read stay valid."""
+        self.release()
+
+    @cached_property
+    def sensor(self) -> tuple[int, int]:
+        """``(height, width)``, the file's or the largest coordinates' of the whole file."""
+        if self.size is not None:
+            return self.size
+        # NaN is passed over here, and what is no place on any sensor: EventStream names it.
+        height, width = (
+            int(np.fmin(np.fmax.reduce(self.columns[name][:], initial=0), 65535)) + 1 for name in "yx"
+        )
+        return height, width
+
+    @property
+    def first_us(self) -> int:
+        """Time of the first event, microseconds; 0 where there are none."""
+        return int(self.columns["t"][0]) + self.offset_us if len(self) else 0
+
+    @property
+    def last_us(self) -> int:
+        """Time of the last event, microseconds; 0 where there are none."""
+        return int(self.columns["t"][-1]) + self.offset_us if len(self) else 0
+
+    def read(self, start_us: int | None = None, end_us: int | None = None) -> EventStream:
+        """Events with ``start_us <= t < end_us``; from the first and to the last where None.
+
+        Columns that are memory-mapped stay so, read-only.
+
+        Raises:
+            ValueError: no events in the slice, ``end_us`` before ``start_us``, or events that are not valid.
+        """
+        if start_us is not None and end_us is not None and end_us < start_us:
+            raise ValueError(f"end_us must not be before start_us, got {start_us} and {end_us}")
+        first = 0 if start_us is None else self.number_at(start_us)
+        last = len(self) if end_us is None else self.number_at(end_us)
+        if first >= last and not (start_us is None and end_us is None):
+            times = ["its beginning" if start_us is None else f"{start_us} us"]
+            times.append("its end" if end_us is None else f"{end_us} us")
+            held = f"from {self.first_us} to {self.last_us} us" if len(self) else "none"
+            raise ValueError(f"{self.path}: no events between {times[0]} and {times[1]}; it holds {held}")
+        return self.by_index(first, last)
+
+    def by_index(self, start: int, stop: int) -> EventStream:
+        """Events number ``start`` to ``stop - 1``.
+
+        Raises:
+            ValueError: not ``0 <= start <= stop <= len(self)``, or events that are not valid.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(
+                f"start and stop must be 0 <= start <= stop <= {len(self)}, got {start} and {stop}"
+            )
+        x, y, t, p = (self.columns[name][start:stop] for name in "xytp")
+        if self.offset_us or t.dtype != np.int64:
+            if t.dtype.kind == "f":
+                _refuse_fractions(t, self.path)
+            t = t.astype(np.int64) + self.offset_us
+        try:
+            return EventStream(x, y, t, p, self.sensor[1], self.sensor[0])
+        except ValueError as error:
+            where = f"{self.path}: " if start == 0 else f"{self.path}, counted from event {start}: "
+            hint = "; size=(height, width) gives another sensor" if "outside the sensor" in str(error) else ""
+            raise ValueError(f"{where}{error}{hint}") from None
+
+    def number_at(self, time_us: int) -> int:
+        """Number of the first event at or after a time; ``len(self)`` if there is none.
+
+        Raises:
+            ValueError: the file's own index of milliseconds is wrong there.
+        """
+        wanted, t = int(time_us) - self.offset_us, self.columns["t"]
+        if self.ms_to_idx is None:
+            if isinstance(t, np.ndarray):
+                return int(np.searchsorted(t, wanted, side="left"))
+            return bisect_left(t, wanted)
+        if wanted <= 0:
+            return 0
+        low, high = (self._indexed(ms) for ms in (wanted // 1000, -(-wanted // 1000)))
+        # One event more on either side shows whether the index tells the truth.
+        begin, end = max(low - 1, 0), min(high + 1, len(self))
+        number = begin + int(np.searchsorted(t[begin:end], wanted, side="left"))
+        if not low <= number <= high:
+            raise ValueError(
+                f"{self.path}: ms_to_idx is wrong near millisecond {wanted // 1000}: it tells events {low} "
+                f"to {high}, the first at or after {wanted} us is not one of them"
+            )
+        return number
+
+    def _indexed(self, millisecond: int) -> int:
+        assert self.ms_to_idx is not None
+        if millisecond >= len(self.ms_to_idx):
+            return len(self)
+        number = int(self.ms_to_idx[millisecond])
+        if not 0 <= number <= len(self):
+            raise ValueError(
+                f"{self.path}: ms_to_idx[{millisecond}] is {number}, but the file holds {len(self)} events"
+            )
+        return number
+
+
+def _refuse_fractions(t: np.ndarray, path: str) -> None:
+    wrong = ~(np.abs(t) < 2.0**53) | (t != np.floor(t))
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ValueError(
+            f"{path}: t[{i}] is {t[i]}: must be a whole number of microseconds (are these seconds?)"
+        )
