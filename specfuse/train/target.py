@@ -113,7 +113,9 @@ class TargetTraining:
         batches = LanguageBatches(self.tokenizer, self.clips, preset, self.settings.seed)
 
         def loss_at(step: int, share: float) -> Tensor:
-            chosen, text = batches.at(step, facts_only=share < preset.facts_share)
+            # Afterwards every second step: long answers teach wording far more than what is seen.
+            facts_only = share < preset.facts_share or step % 2 == 1
+            chosen, text = batches.at(step, facts_only=facts_only)
             seen = features.frozen(chosen) if share < preset.frozen_share else features.live(chosen)
             said, middle = answer_loss(self.model, batches.start, seen, text, batches.kept(step, share))
             # Questions find what was seen in one place, the end of the video, instead of in 520.
