@@ -30,7 +30,7 @@ class Preset:
     questions: int  # about each of them
     vision_rate: float = 1.2e-3
     text_rate: float = 2e-3
-    minutes: float = 30.0
+    minutes: float = 40.0
 
 
 PRESETS = {
