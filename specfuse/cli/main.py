@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "plan": ("specfuse.cli.plan", "plan", "Should I speculate? Measure costs and drafts on a sample."),
     "doctor": ("specfuse.cli.doctor", "doctor", "Show versions, native code, backends; self-test every op."),
     "init-tiny": ("specfuse.cli.init_tiny", "init_tiny", "Write a tiny random Video-LLaVA directory."),
+    "align": ("specfuse.cli.align", "align", "How close an adapter brings a drafter to its target."),
     "train": ("specfuse.cli.train", "train", "Train a small model on the driving world."),
 }
 

@@ -28,6 +28,11 @@ class Request:
     resume: bool
     device: str
     target: Path | None
+    drafter: Path | None = None
+    pairs: Path | None = None
+    kind: str = "lightweight"
+    features: str | None = None
+    loss: str | None = None
 
     def needed_target(self) -> Path:
         """The directory of --target.
@@ -91,6 +96,39 @@ def _head(request: Request, report: Report) -> dict[str, Any]:
     return train_head(settings, SpeculativeGenerator, report)
 
 
+def _adapter(request: Request, report: Report) -> dict[str, Any]:
+    from specfuse.train.adapter import AdapterSettings, train_adapter
+    from specfuse.train.adapter_report import summary
+    from specfuse.train.adapter_source import FEATURES_OF, open_pairs
+
+    features = request.features or FEATURES_OF.get(request.kind, "pooled")
+    named = ("kind", "features", "loss", "minutes", "seed")
+    given = [f"--{name} {getattr(request, name)}" for name in named if getattr(request, name) is not None]
+    models = "--pairs FILE" if request.pairs else "--target DIR --drafter DIR"
+    settings = AdapterSettings(
+        directory=request.out,
+        kind=request.kind,
+        loss=request.loss,
+        minutes=request.minutes or min(2.0, request.preset.minutes),
+        seed=request.seed,
+        resume=request.resume,
+        device=request.device,
+        command=f"specfuse train adapter {models} --preset {request.preset.name} {' '.join(given)} --out DIR",
+    )
+    settings.check()
+    pairs = open_pairs(
+        request.pairs,
+        request.target,
+        request.drafter,
+        features,
+        request.preset,
+        request.cache,
+        request.device,
+        report,
+    )
+    return summary(train_adapter(settings, pairs, report))
+
+
 # What can be trained: a function that trains it and gives back its figures, and what to try next.
 MODELS: dict[str, tuple[Callable[[Request, Report], dict[str, Any]], str]] = {
     "target": (
@@ -101,6 +139,7 @@ MODELS: dict[str, tuple[Callable[[Request, Report], dict[str, Any]], str]] = {
         _head,
         "specfuse generate --model {target} --drafter {out} --video CLIP --question 'What is happening?'",
     ),
+    "adapter": (_adapter, "specfuse align report --adapter {out} with the same --pairs, or models"),
     "corpus": (_corpus, "specfuse demo --model {target} --corpus {out}/answers.safetensors"),
 }
 
@@ -111,6 +150,13 @@ def train(
     target: Path | None = typer.Option(
         None, help="Directory of the trained target, for what learns from it."
     ),
+    drafter: Path | None = typer.Option(
+        None, help="Directory of the trained drafter, for what learns from it."
+    ),
+    pairs: Path | None = typer.Option(None, help="adapter: features of both models instead (safetensors)."),
+    kind: str = typer.Option("lightweight", help="adapter: which; an unknown one lists them."),
+    features: str | None = typer.Option(None, help="adapter: which features; an unknown one lists them."),
+    loss: str | None = typer.Option(None, help="adapter: feature (MSE + 0.5 (1 - cos)), contrastive or kl."),
     preset: str = typer.Option("tiny", help="Size: tiny, or micro for a try of seconds."),
     minutes: float | None = typer.Option(
         None, help="Training time at most; the preset's where not given.", min=0.0
@@ -131,16 +177,21 @@ def train(
     request = Request(
         out=out,
         preset=find(preset),
-        cache=cache or _default_cache(),
+        cache=cache or default_cache(),
         minutes=minutes,
         seed=seed,
         resume=resume,
         device=str(pick_device(device)),
         target=target,
+        drafter=drafter,
+        pairs=pairs,
+        kind=kind,
+        features=features,
+        loss=loss,
     )
     logging.disable_progress_bar()
     run, hint = MODELS[model]
-    with _progress() as bars:
+    with progress() as bars:
         figures = run(request, bars)
     if json:
         print_json(figures)
@@ -156,15 +207,16 @@ def _shown(value: Any) -> str:
     return f"{value:.1%}" if value <= 1 else f"{value:.2f}"
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """Where drawn clips are kept unless --cache says otherwise."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "specfuse" / "world"
 
 
-class _progress:
+class progress:
     """One bar for each stage on stderr; called with stage, share done and a text."""
 
-    def __enter__(self) -> _progress:
+    def __enter__(self) -> progress:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
