@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from test_eventgpt import a_processor, tiny_model
 from tiny_models import randomize
 
 from specfuse.cli.main import run
@@ -20,6 +22,7 @@ from specfuse.train import loop
 from specfuse.train.batches import pixels, prompt_end, prompt_start
 from specfuse.train.build import build_model, build_processor
 from specfuse.train.clip_store import load_clips
+from specfuse.train.event_features import event_encoder
 from specfuse.train.head import PLANS, HeadSettings, train_head
 from specfuse.train.head_batches import HeadRows, Teacher
 from specfuse.train.head_loss import asked, count_hits, head_loss, unrolled
@@ -259,6 +262,51 @@ def test_a_broken_state_is_named(settings: HeadSettings, figures: dict, tmp_path
     (tmp_path / loop.STATE).write_bytes((settings.directory / loop.STATE).read_bytes()[:keep])
     with pytest.raises(ValueError, match="is no training state or is broken"):
         train_head(replace(settings, directory=tmp_path, resume=True), SpeculativeGenerator)
+
+
+@pytest.fixture(scope="module")
+def eventgpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an EventGPT with random weights and its processor."""
+    directory = tmp_path_factory.mktemp("eventgpt")
+    tiny_model().save_pretrained(directory)
+    a_processor().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the event simulator, which takes a second for a clip."""
+
+    def draw(clips: Sequence[int], cache: Path) -> np.ndarray:
+        return np.stack([np.random.default_rng(c).integers(0, 255, (3, 64, 64, 3), np.uint8) for c in clips])
+
+    monkeypatch.setattr("specfuse.train.event_features.load_event_pictures", draw)
+
+
+@pytest.mark.usefixtures("pictures")
+def test_event_features_are_the_encoder_s(eventgpt: Path, tmp_path: Path) -> None:
+    encoder = event_encoder(eventgpt, tmp_path)
+    found = encoder.features([3, 8])
+    images = np.random.default_rng(8).integers(0, 255, (3, 64, 64, 3), np.uint8)
+    inputs = a_processor()(event_images=list(images))
+    with torch.no_grad():
+        wanted = tiny_model().get_event_features(inputs["pixel_values_events"])
+    torch.testing.assert_close(found[1], wanted[0])
+    assert found.shape[2] == encoder.width and not torch.allclose(found[0], found[1])
+
+
+@pytest.mark.usefixtures("pictures")
+def test_the_command_with_events(
+    cache: Path, target: Path, eventgpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--preset", "micro", "--cache", str(cache), "--target", str(target), "--minutes", "0.005"]
+    out = tmp_path / "out"
+    assert run(["train", "head", *arguments, "--events", str(eventgpt), "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["identical"] == 1.0
+    assert json.loads((out / "config.json").read_text())["event_width"] > 0
+    assert "--target TARGET --events EVENTGPT" in (out / "README.md").read_text()
+    assert run(["train", "head", *arguments, "--events", str(target), "--out", str(tmp_path / "other")]) == 2
+    assert "an EventGPT is needed" in capsys.readouterr().err
 
 
 def test_the_command(cache: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ class Request:
     kind: str = "lightweight"
     features: str | None = None
     loss: str | None = None
+    events: Path | None = None
 
     def needed_target(self) -> Path:
         """The directory of --target.
@@ -81,6 +82,12 @@ def _head(request: Request, report: Report) -> dict[str, Any]:
     from specfuse.train.head import PLANS, HeadSettings, train_head
 
     minutes = "" if request.minutes is None else f" --minutes {request.minutes:g}"
+    with_events = "" if request.events is None else " --events EVENTGPT"
+    encoder = None
+    if request.events is not None:
+        from specfuse.train.event_features import event_encoder
+
+        encoder = event_encoder(request.events, request.cache, request.device)
     settings = HeadSettings(
         directory=request.out,
         target=request.needed_target(),
@@ -90,8 +97,10 @@ def _head(request: Request, report: Report) -> dict[str, Any]:
         seed=request.seed,
         resume=request.resume,
         device=request.device,
-        command=f"specfuse train head --target TARGET --preset {request.preset.name}{minutes} "
+        command=f"specfuse train head --target TARGET{with_events} --preset {request.preset.name}{minutes} "
         f"--seed {request.seed} --out DIR",
+        events=encoder and encoder.features,
+        event_width=encoder.width if encoder else 0,
     )
     return train_head(settings, SpeculativeGenerator, report)
 
@@ -157,6 +166,9 @@ def train(
     kind: str = typer.Option("lightweight", help="adapter: which; an unknown one lists them."),
     features: str | None = typer.Option(None, help="adapter: which features; an unknown one lists them."),
     loss: str | None = typer.Option(None, help="adapter: feature (MSE + 0.5 (1 - cos)), contrastive or kl."),
+    events: Path | None = typer.Option(
+        None, help="head: directory of an EventGPT whose features of events it is fused with."
+    ),
     preset: str = typer.Option("tiny", help="Size: tiny, or micro for a try of seconds."),
     minutes: float | None = typer.Option(
         None, help="Training time at most; the preset's where not given.", min=0.0
@@ -188,6 +200,7 @@ def train(
         kind=kind,
         features=features,
         loss=loss,
+        events=events,
     )
     logging.disable_progress_bar()
     run, hint = MODELS[model]
