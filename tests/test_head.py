@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from scripted_drafters import OracleDrafter
 from test_drafters import check_protocol
 from tiny_models import random_prompts, tiny_llama, tiny_qwen2, tiny_video_llava, video_inputs
@@ -35,6 +36,8 @@ def head_for(model, seed: int = 0, **sizes) -> DraftHead:
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
+        if head.shortlist is not None:
+            head.shortlist = torch.randperm(config.vocab_size)[: len(head.shortlist)].sort().values
     return head.to(model.dtype)
 
 
@@ -84,19 +87,24 @@ def chances_by_definition(
     embedding = model.get_input_embeddings().weight
     tokens = ids[0, first + 1 :]
     xs = [] if events is None else list(head.events(events[row]))
-    xs += list(head.from_token(embedding[tokens]) + head.from_state(states[first:-1]))
+    xs += list(head.token_inputs(embedding[tokens]) + head.state_inputs(states[first:-1]))
     places = torch.arange(len(xs))
     x = torch.stack(xs)[None]
-    keys, values = head.keys_values(head.norm_attention(x), head.turns(512, x.device)[None, places])
+    keys, values = head.keys_values(head.normed(x), head.turns(512, x.device)[None, places])
     x = x[:, -1:]
     for depth in range(len(path) + 1):
         turns = head.turns(512, x.device)[None, len(xs) - 1 + depth, None]
-        queries = head.queries(head.norm_attention(x), turns)
+        queries = head.queries(head.normed(x), turns)
         weights = (queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5).softmax(-1)
         g = head.finish(x, weights @ values)
         if depth < len(path):
-            x = head.from_token(embedding[path[depth]]) + head.from_state(g)
-    return model.get_output_embeddings()(g)[0, 0].softmax(-1)
+            x = head.token_inputs(embedding[path[depth]]) + head.state_inputs(g)
+    logits = model.get_output_embeddings()(g)[0, 0]
+    if head.shortlist is not None:
+        banned = torch.ones_like(logits, dtype=torch.bool)
+        banned[head.shortlist] = False
+        logits = logits.masked_fill(banned, -float("inf"))
+    return logits.softmax(-1)
 
 
 def check_drafts(model, drafter: Spy, inputs, events=None) -> int:
@@ -140,6 +148,22 @@ def test_drafts_are_what_the_definition_says(kind, batch, accepts):
         assert any(len(set(row)) > 1 for row in lengths), "rows never had different lengths"
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_only_tokens_of_the_shortlist_are_drafted(sampled):
+    model = tiny_video_llava(seed=6, eos=False)
+    inputs = video_inputs(model, 2)
+    head = head_for(model, shortlist=30)
+    drafter = Spy(head, model, min_prob=0.0, depth=3)
+    options = {**inputs, "max_new_tokens": NEW, "do_sample": sampled, "seed": 4}
+    fast = specfuse.generate(model, drafter, max_nodes=12, **options)
+    assert torch.equal(fast, specfuse.generate(model, None, **options))
+    for _, tree in drafter.seen:
+        for row in range(2):
+            drafted = tree.tokens[row, 1 : int(tree.num_nodes[row])]
+            assert torch.isin(drafted, head.shortlist).all()
+    assert sampled or check_drafts(model, drafter, inputs) > 5
+
+
 def test_events_come_before_the_text():
     model = tiny_video_llava(seed=6, eos=False)
     inputs = video_inputs(model, 2)
@@ -173,9 +197,9 @@ def trained_on(model, inputs, answers: torch.Tensor, steps: int = 150) -> DraftH
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     embeddings = model.get_input_embeddings()(ids).detach()
     for _ in range(steps):
-        x = head.from_token(embeddings[:, 1:]) + head.from_state(states[:, :-1])
+        x = head.token_inputs(embeddings[:, 1:]) + head.state_inputs(states[:, :-1])
         turns = head.turns(512, x.device)[None, : x.shape[1]]
-        normed = head.norm_attention(x)
+        normed = head.normed(x)
         keys, values = head.keys_values(normed, turns)
         queries = head.queries(normed, turns)
         g = head.finish(x, F.scaled_dot_product_attention(queries, keys, values, is_causal=True))
@@ -296,8 +320,13 @@ def broken(directory: Path, how: str) -> None:
         weights.unlink()
     elif how == "other sizes":
         config.write_text(json.dumps(values | {"inner": 56}))
+    elif how == "bad tokens":
+        tensors = load_file(weights)
+        save_file(tensors | {"shortlist": torch.full((20,), 128)}, weights)
     elif how == "bad size":
         config.write_text(json.dumps(values | {"heads": 0}))
+    elif how == "long":
+        config.write_text(json.dumps(values | {"shortlist": 129}))
     elif how == "odd heads":
         config.write_text(json.dumps(values | {"heads": 5}))
     elif how == "less":
@@ -314,6 +343,8 @@ def broken(directory: Path, how: str) -> None:
         ("cut", "model.safetensors is broken or belongs to another config"),
         ("gone", "no weights"),
         ("other sizes", "model.safetensors is broken or belongs to another config"),
+        ("bad tokens", "shortlist must hold tokens from 0 to 127"),
+        ("long", "shortlist must be at most 128 tokens, got 129"),
         ("bad size", "heads must be a number of at least 1, got 0"),
         ("odd heads", "width must be a multiple of 2 [*] heads = 10, got 64"),
         ("less", "lacks 'inner'"),
@@ -322,7 +353,7 @@ def broken(directory: Path, how: str) -> None:
     ],
 )
 def test_broken_files_are_named(learned, tmp_path: Path, how: str, text: str):
-    learned[3].save_pretrained(tmp_path)
+    head_for(learned[0], shortlist=20).save_pretrained(tmp_path)
     broken(tmp_path, how)
     with pytest.raises((ValueError, FileNotFoundError), match=text):
         HeadDrafter.from_pretrained(tmp_path, learned[0])

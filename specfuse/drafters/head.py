@@ -53,14 +53,14 @@ class HeadDrafter(Drafter):
         if not 0.0 <= min_prob < 1.0:
             raise ValueError(f"min_prob must lie in [0, 1), got {min_prob}")
         check_fit(head, target)
-        weight = head.from_token.weight
+        weight = head.from_token
         if (weight.device, weight.dtype) != (target.device, target.dtype):
             head = copy.deepcopy(head).to(target.device, target.dtype)
         self.head = head
         with torch.no_grad():
             embedding: Any = target.get_input_embeddings()
-            self.token_inputs = head.from_token(embedding.weight)
-        self.to_logits: Any = target.get_output_embeddings()
+            self.token_inputs = head.token_inputs(embedding.weight)
+            self.to_logits = head.logits_of(target.get_output_embeddings())
         self.depth, self.branching, self.min_prob = depth, branching, min_prob
 
     @classmethod
@@ -84,7 +84,7 @@ class HeadDrafter(Drafter):
         if context is None:
             context = state.memory[id(self)] = HeadContext(self.head, self.token_inputs, state)
         hidden = context.catch_up(state)
-        tree = HeadTree(state, self.branching, hidden.device)
+        tree = HeadTree(state, self.branching, self.head)
         while True:
             likeliest = tree.add_level(self.to_logits(hidden))
             if tree.depth == levels or likeliest < self.min_prob:

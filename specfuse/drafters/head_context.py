@@ -105,7 +105,7 @@ class HeadContext:
 
     def _input(self, tokens: Tensor, states: Tensor) -> Tensor:
         known = F.embedding(tokens.to(self.device), self.token_inputs)
-        return known + self.head.from_state(states)
+        return known + self.head.state_inputs(states)
 
     def _append(self, parts: list[_Part]) -> Tensor:
         """Writes keys and values of new input; returns x ``[B, 1, D]`` of each row's last position."""
@@ -124,7 +124,7 @@ class HeadContext:
             order = marks.cumsum(1)
             last = order.argmax(1)
             turns = table[(torch.tensor(starts, device=self.device)[:, None] + order - 1).clamp(min=0)]
-        keys, values = self.head.keys_values(self.head.norm_attention(x), turns)
+        keys, values = self.head.keys_values(self.head.normed(x), turns)
         if end > self.kv.shape[3]:
             # Doubling keeps the copies rare.
             self.kv = F.pad(self.kv, (0, 0, 0, max(end - self.kv.shape[3], self.kv.shape[3])))
@@ -143,7 +143,7 @@ class HeadContext:
         else:
             turns = table[[n - 1 + depth for n in self.counts]][:, None]
             seen = self.valid[:, None, None]
-        queries = self.head.queries(self.head.norm_attention(x), turns)
+        queries = self.head.queries(self.head.normed(x), turns)
         past = self.kv[:, :, :, : self.used]
         attended = F.scaled_dot_product_attention(queries, past[0], past[1], attn_mask=seen)
         return self.head.finish(x, attended)

@@ -72,15 +72,22 @@ class HeadSettings:
 class HeadTraining:
     """The head and the state of one run."""
 
-    def __init__(self, settings: HeadSettings, model: VideoLlavaForConditionalGeneration):
+    def __init__(self, settings: HeadSettings, model: VideoLlavaForConditionalGeneration, shortlist: Tensor):
         self.settings, self.model = settings, model
         text, plan = model.config.get_text_config(), settings.plan
         config = HeadConfig(
-            text.hidden_size, text.vocab_size, plan.heads, plan.inner, event_width=settings.event_width
+            text.hidden_size,
+            text.vocab_size,
+            plan.heads,
+            plan.inner,
+            event_width=settings.event_width,
+            shortlist=len(shortlist),
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.head = DraftHead(config).to(model.device)
+            self.head = DraftHead(config)
+        self.head.shortlist = shortlist
+        self.head.to(model.device)
         groups = [{"params": list(self.head.parameters()), "rate": plan.rate}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
         self.progress = Progress()
@@ -153,13 +160,15 @@ def train_head(
     check_run(directory, settings.minutes, settings.resume)
     model, processor = load_video_llava(settings.target, dtype=torch.float32, device=settings.device)
     model.requires_grad_(False)
-    training = HeadTraining(settings, model)
-    if settings.resume:
-        training.load()
     clips, outputs = _outputs(settings, model, processor.tokenizer, report)
-    directory.mkdir(parents=True, exist_ok=True)
     learned = settings.plan.train_clips
     seen = set(clips.indices[:learned].tolist())
+    # What the target never says to a thousand questions it will rarely say: drafting it is not worth a row.
+    said = {token for output in outputs if output.clip in seen for token in output.tokens}
+    training = HeadTraining(settings, model, torch.tensor(sorted(said)))
+    if settings.resume:
+        training.load()
+    directory.mkdir(parents=True, exist_ok=True)
     teacher = Teacher(model, processor.tokenizer, clips, outputs, settings.events)
     teacher.clips = [clip for clip in teacher.clips if clip in seen]
     training.run(teacher, report)

@@ -25,21 +25,21 @@ def unrolled(head: DraftHead, model: PreTrainedModel, rows: HeadRows, levels: in
     """
     known = rows.states
     count = known.shape[1]
-    given = head.from_token(model.get_input_embeddings()(rows.tokens[:, 1:]))
-    x = start = given + head.from_state(known)
+    given = head.token_inputs(model.get_input_embeddings()(rows.tokens[:, 1:]))
+    x = start = given + head.state_inputs(known)
     if rows.events is not None and head.events is not None:
         start = torch.cat([head.events(rows.events), start], dim=1)
     before = start.shape[1] - count
     turns = head.turns(start.shape[1], known.device)[None, : start.shape[1]]
-    keys, values = head.keys_values(head.norm_attention(start), turns)
+    keys, values = head.keys_values(head.normed(start), turns)
     for level in range(levels):
         seen = torch.ones(count, start.shape[1], dtype=torch.bool, device=known.device).tril(before - level)
         # Positions with nothing before them are not asked for, but their softmax must be defined.
         seen[:, 0] = True
-        queries = head.queries(head.norm_attention(x), turns[:, before:])
+        queries = head.queries(head.normed(x), turns[:, before:])
         g = head.finish(x, F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen))
         yield g
-        x = given + head.from_state(torch.cat([known[:, :1], g[:, :-1]], dim=1))
+        x = given + head.state_inputs(torch.cat([known[:, :1], g[:, :-1]], dim=1))
 
 
 def asked(rows: HeadRows, level: int) -> Tensor:
@@ -52,8 +52,11 @@ def asked(rows: HeadRows, level: int) -> Tensor:
 
 
 def head_loss(head: DraftHead, model: PreTrainedModel, rows: HeadRows, levels: int) -> Tensor:
-    """Mean over levels of the divergence from the target's distribution and the distance from its states."""
-    to_logits = model.get_output_embeddings()
+    """Mean over levels of the divergence from the target's distribution and the distance from its states.
+
+    The distribution is that over the tokens that the head may draft.
+    """
+    to_logits = head.logits_of(model.get_output_embeddings())
     every = asked(rows, 0)
     states = rows.states[:, 1:]
     with torch.no_grad():
@@ -81,14 +84,15 @@ def count_hits(head: DraftHead, model: PreTrainedModel, rows: HeadRows, levels: 
         Hits and trials, ``[levels]`` int64 each. A trial at depth d is a position whose d - 1 drafts before
         were right.
     """
-    to_logits = model.get_output_embeddings()
+    to_logits = head.logits_of(model.get_output_embeddings())
     hits = torch.zeros(levels, dtype=torch.int64)
     trials = torch.zeros(levels, dtype=torch.int64)
     following = F.pad(rows.tokens[:, 2:], (0, 1))
     right = torch.ones_like(following, dtype=torch.bool)
     for level, g in enumerate(unrolled(head, model, rows, levels)):
         tried = right & asked(rows, level)
-        hit = tried & (to_logits(g).argmax(-1) == following)
+        best = to_logits(g).argmax(-1)
+        hit = tried & ((best if head.shortlist is None else head.shortlist[best]) == following)
         hits[level], trials[level] = hit.sum(), tried.sum()
         # A chain that begins one position later is one position further along at the next level.
         right = F.pad(hit[:, :-1], (1, 0))
