@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("specfuse.cli.doctor", "doctor", "Show versions, native code, backends; self-test every op."),
     "init-tiny": ("specfuse.cli.init_tiny", "init_tiny", "Write a tiny random Video-LLaVA directory."),
     "align": ("specfuse.cli.align", "align", "How close an adapter brings a drafter to its target."),
+    "events": ("specfuse.cli.events", "events", "Look at, draw, convert and simulate event recordings."),
     "train": ("specfuse.cli.train", "train", "Train a small model on the driving world."),
 }
 
@@ -46,8 +47,13 @@ def build_app(wanted: str | None) -> typer.Typer:
             raise typer.Exit
 
     for name, (module, function, line) in COMMANDS.items():
-        command = _telling(getattr(import_module(module), function)) if name == wanted else _placeholder
-        app.command(name, short_help=line)(command)
+        command = getattr(import_module(module), function) if name == wanted else _placeholder
+        if isinstance(command, typer.Typer):  # a command with commands of its own
+            for part in command.registered_commands:
+                part.callback = _telling(part.callback) if part.callback else None
+            app.add_typer(command, name=name, short_help=line)
+        else:
+            app.command(name, short_help=line)(_telling(command))
     return app
 
 

@@ -43,7 +43,7 @@ def read_video(path: str | os.PathLike[str], num_frames: int = 8) -> np.ndarray:
     frames, counted = _decode(path, _uniform(total, num_frames)) if total >= num_frames else ({}, -1)
     if counted != total:
         # Many containers do not say how many frames they hold, or say it wrong: count, then decode again.
-        counted = counted if counted >= 0 else sum(1 for _ in _frames(path))
+        counted = counted if counted >= 0 else sum(1 for _ in decoded_frames(path))
         if counted < num_frames:
             raise ValueError(f"{path} holds {counted} frames, {num_frames} are needed")
         frames, _ = _decode(path, _uniform(counted, num_frames))
@@ -72,8 +72,12 @@ def _declared_frames(path: Path) -> int:
         return container.streams.video[0].frames
 
 
-def _frames(path: Path) -> Iterator[Any]:
-    """Yields the decoded frames of the first video stream."""
+def decoded_frames(path: Path) -> Iterator[Any]:
+    """Yields the frames of a file's first video stream, as PyAV gives them.
+
+    Raises:
+        ValueError: no video stream, or an undecodable file.
+    """
     import av
 
     with _open(path) as container:
@@ -90,7 +94,7 @@ def _decode(path: Path, wanted: list[int]) -> tuple[dict[int, np.ndarray], int]:
     kept: dict[int, np.ndarray] = {}
     size: dict[str, int] = {}
     index = -1
-    for index, frame in enumerate(_frames(path)):
+    for index, frame in enumerate(decoded_frames(path)):
         # A stream may change its resolution; every frame is brought to the first one's.
         size = size or {"width": frame.width, "height": frame.height}
         if index in wanted:
