@@ -37,6 +37,7 @@ def surface_loop(events: EventStream, tau: float, at: int) -> np.ndarray:
     return out
 
 
+@settings(deadline=None)
 @given(streams(), st.integers(1, 6), st.integers(0, 50), st.integers(0, 50))
 def test_as_the_loops(events: EventStream, bins: int, before: int, after: int) -> None:
     assert counts(events).dtype == np.int32 and np.array_equal(counts(events), counts_loop(events))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specfuse.events import EventStream
@@ -54,6 +54,7 @@ def test_what_is_wrong_is_named(columns: dict[str, object], message: str) -> Non
         EventStream(**(good | columns))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50)), st.integers(-5, 55), st.integers(0, 60))
 def test_between_is_half_open(times: list[int], start: int, length: int) -> None:
     times.sort()
@@ -70,6 +71,7 @@ def test_pieces_by_time_join_without_loss() -> None:
         events.between(5, 4)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(1, 9))
 def test_split_gives_the_rest_to_the_last(count: int, parts: int) -> None:
     pieces = stream(list(range(count))).split(parts)
@@ -77,6 +79,7 @@ def test_split_gives_the_rest_to_the_last(count: int, parts: int) -> None:
     assert np.concatenate([piece.t for piece in pieces]).tolist() == list(range(count))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(1, 9))
 def test_every_leaves_the_rest_to_the_last(count: int, each: int) -> None:
     pieces = stream(list(range(count))).every(each)
