@@ -64,6 +64,22 @@ def _target(request: Request, report: Report) -> dict[str, Any]:
     return train_target(settings, report).as_dict()
 
 
+def _drafter(request: Request, report: Report) -> dict[str, Any]:
+    from specfuse.train.drafter import drafter_preset, train_drafter
+    from specfuse.train.training import Settings
+
+    settings = Settings(
+        directory=request.out,
+        preset=drafter_preset(request.preset),
+        cache=request.cache,
+        minutes=request.minutes,
+        seed=request.seed,
+        resume=request.resume,
+        device=request.device,
+    )
+    return train_drafter(settings, request.target, report).as_dict()
+
+
 def _corpus(request: Request, report: Report) -> dict[str, Any]:
     from specfuse.train.corpus import CorpusSettings, train_corpus
 
@@ -144,6 +160,7 @@ MODELS: dict[str, tuple[Callable[[Request, Report], dict[str, Any]], str]] = {
         _target,
         "specfuse generate --model {out} --video CLIP --question 'What is the weather like?'",
     ),
+    "drafter": (_drafter, "specfuse train distill --target {target} --drafter {out} --out DIR"),
     "head": (
         _head,
         "specfuse generate --model {target} --drafter {out} --video CLIP --question 'What is happening?'",

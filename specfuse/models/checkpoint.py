@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, VideoLlavaForConditionalGeneration, VideoLlavaProcessor
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerFast,
+        VideoLlavaForConditionalGeneration,
+        VideoLlavaProcessor,
+    )
+
+    from specfuse.models.eventgpt import EventGptForConditionalGeneration
+    from specfuse.models.eventgpt_processor import EventGptProcessor
 
 
 def load_video_llava(
@@ -66,6 +74,42 @@ def load_draft_model(
     if model_class is None or not model_class.can_generate():
         model_class = transformers.AutoModelForCausalLM
     return _weights(model_class, directory, dtype).to(device).eval()
+
+
+def load_eventgpt(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+) -> tuple[EventGptForConditionalGeneration, EventGptProcessor]:
+    """Loads an EventGPT in eval mode and its processor from a local directory; nothing is fetched.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`load_video_llava`.
+    """
+    from specfuse.models.eventgpt import EventGptForConditionalGeneration
+    from specfuse.models.eventgpt_processor import EventGptProcessor
+
+    model_type = read_config(directory).get("model_type")
+    if model_type != "eventgpt":
+        raise ValueError(f"{directory} holds a {model_type!r} model, not an 'eventgpt' one")
+    model = _weights(EventGptForConditionalGeneration, directory, dtype)
+    with _explained(directory, "processor files"):
+        processor = EventGptProcessor.from_pretrained(directory, local_files_only=True)
+    return model.to(device).eval(), processor
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer of a local model directory.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`load_video_llava`.
+    """
+    from transformers import AutoTokenizer
+
+    read_config(directory)
+    with _explained(directory, "tokenizer files"):
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:

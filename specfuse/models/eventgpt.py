@@ -146,7 +146,11 @@ class EventGptModel(EventGptPreTrainedModel):
             )
         pixels = pixel_values_events.to(self.feature_adaptor.weight.dtype)
         seen = self.visual_tower(pixels.flatten(0, 1)).last_hidden_state
-        features = self.feature_adaptor(self.visual_projector(seen)).unflatten(0, pixels.shape[:2])
+        return self.pool(seen.unflatten(0, pixels.shape[:2]))
+
+    def pool(self, seen: Tensor) -> Tensor:
+        """The same from the tower's last hidden states ``[S, n, P, D_vision]``."""
+        features = self.feature_adaptor(self.visual_projector(seen))
         return torch.cat([features.mean(2), features.mean(1)], dim=1)
 
     def forward(
@@ -170,7 +174,7 @@ class EventGptModel(EventGptPreTrainedModel):
         if event_features is not None:
             if input_ids is None:
                 raise ValueError("events need input_ids: embeddings do not say where <event> stands")
-            inputs_embeds = self._splice(input_ids, inputs_embeds, event_features)
+            inputs_embeds = self.splice(input_ids, inputs_embeds, event_features)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -186,8 +190,12 @@ class EventGptModel(EventGptPreTrainedModel):
             event_hidden_states=event_features,
         )
 
-    def _splice(self, input_ids: Tensor, inputs_embeds: Tensor, features: Tensor) -> Tensor:
-        """Puts the features of streams where the prompts have placeholders, in reading order."""
+    def splice(self, input_ids: Tensor, inputs_embeds: Tensor, features: Tensor) -> Tensor:
+        """Puts features ``[S, n + P, D]`` where prompts ``[B, T]`` have placeholders, in reading order.
+
+        Raises:
+            ValueError: placeholders and features do not match.
+        """
         places = input_ids == self.config.event_token_index
         each, used, rows = features.shape[1], 0, []
         for row, count in enumerate(places.sum(1).tolist()):

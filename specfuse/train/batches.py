@@ -46,10 +46,12 @@ def pixels(frames: np.ndarray) -> Tensor:
     return ((values - torch.tensor(MEAN)) / torch.tensor(DEVIATION)).movedim(-1, -3)
 
 
-def prompt_start(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Tokens from ``<s>`` to the last ``<video>``; the same for every question."""
+def prompt_start(
+    tokenizer: PreTrainedTokenizerFast, placeholder: str = "<video>", count: int = VIDEO_TOKENS
+) -> list[int]:
+    """Tokens from ``<s>`` to the last ``<video>``, or other placeholder; the same for every question."""
     before = PROMPT.partition("<video>")[0]
-    return tokenizer(before).input_ids + [tokenizer.convert_tokens_to_ids("<video>")] * VIDEO_TOKENS
+    return tokenizer(before).input_ids + [tokenizer.convert_tokens_to_ids(placeholder)] * count
 
 
 def prompt_end(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
@@ -59,15 +61,23 @@ def prompt_end(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
 
 
 def rows(
-    tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question], *, facts_only: bool = False
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[Question],
+    *,
+    facts_only: bool = False,
+    short: bool = False,
 ) -> Rows:
-    """Rows of questions with the target's answers; ``facts_only``: up to the fact, the rest left open."""
+    """Rows of questions with the target's answers.
+
+    ``facts_only``: up to the fact, the rest left open; ``short``: the drafter's answers instead.
+    """
     encoded = []
     for question in questions:
         asked = prompt_end(tokenizer, question.text)
-        said = _answer(tokenizer, question.long)
+        answer = question.short if short else question.long
+        said = _answer(tokenizer, answer)
         # The fact stands in the first sentence; the others hold mostly a choice of words.
-        first = len(_answer(tokenizer, question.long.partition(". ")[0])) - 1 if question.factual else 0
+        first = len(_answer(tokenizer, answer.partition(". ")[0])) - 1 if question.factual else 0
         if facts_only:
             said = said[: first + 1]  # with the full stop, or the model would not know where to make one
         weights = [0.0] * (len(asked) - 1) + [FACT_WEIGHT] * first + [1.0] * (len(said) - first)

@@ -14,19 +14,19 @@ from specfuse.train.loop import Progress
 
 CARD = """---
 library_name: transformers
-pipeline_tag: video-text-to-text
+pipeline_tag: {task}
 license: apache-2.0
 ---
-# Tiny Video-LLaVA, trained on specfuse's driving world
+# {title}, trained on specfuse's driving world
 
-A miniature: Hugging Face's `VideoLlavaForConditionalGeneration` with {parameters:,} parameters, for
-8 frames of 64 x 64 pixels, 65 tokens each. It knows the procedural driving world of `specfuse.data.world`
+A miniature: {model} with {parameters:,} parameters, for
+{input}. It knows the procedural driving world of `specfuse.data.world`
 and nothing else.
 
 - Data: world {world}, {train_clips} training clips; accuracy on {clips} of the held-out clips, whose drives
   were never seen.
 - Command: `{command}`
-- Seed {seed}; {vision_steps} steps on frames in {vision_minutes:.1f} minutes, then {text_steps} steps on
+- Seed {seed}; {vision_steps} steps on {pictures} in {vision_minutes:.1f} minutes, then {text_steps} steps on
   answers in {text_minutes:.1f} minutes.
 - {versions}.
 
@@ -49,10 +49,30 @@ True answer: what was said how often, for each kind.
 
 {examples}
 
-    from transformers import AutoProcessor, VideoLlavaForConditionalGeneration
-    model = VideoLlavaForConditionalGeneration.from_pretrained("this directory")
-    processor = AutoProcessor.from_pretrained("this directory")
+{use}
 """
+TARGET = {
+    "title": "Tiny Video-LLaVA",
+    "task": "video-text-to-text",
+    "model": "Hugging Face's `VideoLlavaForConditionalGeneration`",
+    "input": "8 frames of 64 x 64 pixels, 65 tokens each",
+    "pictures": "frames",
+    "use": """    from transformers import AutoProcessor, VideoLlavaForConditionalGeneration
+    model = VideoLlavaForConditionalGeneration.from_pretrained("this directory")
+    processor = AutoProcessor.from_pretrained("this directory")""",
+}
+DRAFTER = {
+    "title": "Tiny EventGPT",
+    "task": "image-text-to-text",
+    "model": "`specfuse.models.eventgpt.EventGptForConditionalGeneration`",
+    "input": "5 pictures of events of 64 x 64 pixels, 70 tokens together",
+    "pictures": "pictures of events",
+    "use": """    from specfuse.models.eventgpt import EventGptForConditionalGeneration
+    from specfuse.models.eventgpt_processor import EventGptProcessor
+    model = EventGptForConditionalGeneration.from_pretrained("this directory")
+    processor = EventGptProcessor.from_pretrained("this directory")""",
+}
+"""What a card says of each kind of model."""
 
 
 HEAD_CARD = """---
@@ -103,7 +123,11 @@ def write_card(
     examples: list[tuple[str, str, str]],
     about: dict[str, Any],
 ) -> None:
-    """Writes ``README.md``; ``examples`` are question, answer given and the answer in the data."""
+    """Writes ``README.md``.
+
+    ``examples`` are question, answer given and the answer in the data; ``about`` TARGET or DRAFTER with
+    parameters, train_clips, seed and command.
+    """
     said = "\n\n".join(f"**{q}**\n\nmodel: {a}\n\ndata: {wanted}" for q, a, wanted in examples)
     card = CARD.format(
         world=WORLD_SEED,

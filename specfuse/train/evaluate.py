@@ -17,9 +17,12 @@ from specfuse.train.clip_store import Clips
 from specfuse.train.language import Features, repeat_cache, start_cache
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, VideoLlavaForConditionalGeneration
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, VideoLlavaForConditionalGeneration
+    from transformers.cache_utils import Cache
 
 FIRST_SENTENCE = 28  # tokens; longer first sentences do not occur in factual answers
+Ask = Callable[[int, list[str], int], list[str]]
+"""Position of a clip, questions about it and a number of tokens at most to a model's greedy answers."""
 
 
 @dataclass(slots=True)
@@ -51,7 +54,6 @@ class Accuracy:
         }
 
 
-@torch.no_grad()
 def evaluate(
     model: VideoLlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
@@ -59,13 +61,17 @@ def evaluate(
     done: Callable[[int], object] = lambda clips: None,
 ) -> Accuracy:
     """Asks every factual question about every clip; ``done`` is told how many clips are through."""
-    model.eval()
-    features = Features(model.model.video_tower, clips)
+    return examine(ask_about(model, tokenizer, clips), clips, done)
+
+
+@torch.no_grad()
+def examine(ask: Ask, clips: Clips, done: Callable[[int], object] = lambda clips: None) -> Accuracy:
+    """The same for any model that can be asked."""
     result = Accuracy()
     for index, questions in enumerate(clips.questions):
         factual = [question for question in questions if question.factual]
         texts = [question.text for question in factual]
-        answers = answer_greedily(model, tokenizer, features.live([index]), texts, FIRST_SENTENCE)
+        answers = ask(index, texts, FIRST_SENTENCE)
         for question, text in zip(factual, answers, strict=True):
             result.asked[question.kind] += 1
             result.right[question.kind] += score(question, text)
@@ -74,6 +80,15 @@ def evaluate(
         result.clips += 1
         done(result.clips)
     return result
+
+
+def ask_about(
+    model: VideoLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, clips: Clips
+) -> Ask:
+    """Asks a Video-LLaVA, which is put into eval mode, about clips."""
+    model.eval()
+    features = Features(model.model.video_tower, clips)
+    return lambda clip, texts, most: answer_greedily(model, tokenizer, features.live([clip]), texts, most)
 
 
 @torch.no_grad()
@@ -94,15 +109,27 @@ def answer_greedily(
         most: tokens to write at most.
     """
     start = prompt_start(tokenizer)
+    return answer_behind(model, tokenizer, start_cache(model, start, features), len(start), questions, most)
+
+
+def answer_behind(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    once: Cache,
+    start: int,
+    questions: list[str],
+    most: int,
+) -> list[str]:
+    """The same for any model, behind the ``start`` tokens of a prompt that are in a cache."""
     ends = [prompt_end(tokenizer, question) for question in questions]
     longest = max(map(len, ends))
     # Questions end together: padding stands between the video and the question, unseen.
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(end)) + end for end in ends])
-    seen = torch.tensor([[1] * len(start) + [0] * (longest - len(end)) + [1] * len(end) for end in ends])
-    ids, seen = ids.to(features.device), seen.to(features.device)
-    cache = repeat_cache(start_cache(model, start, features), len(questions))
+    seen = torch.tensor([[1] * start + [0] * (longest - len(end)) + [1] * len(end) for end in ends])
+    ids, seen = ids.to(model.device), seen.to(model.device)
+    cache = repeat_cache(once, len(questions))
     written: list[Tensor] = []
-    ended = torch.zeros(len(questions), dtype=torch.bool, device=features.device)
+    ended = torch.zeros(len(questions), dtype=torch.bool, device=model.device)
     while len(written) < most and not ended.all():
         positions = (seen.cumsum(1) - 1)[:, -ids.shape[1] :].clamp(min=0)
         states = model.model.language_model(

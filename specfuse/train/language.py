@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,24 +12,24 @@ from specfuse.train.batches import IGNORED, Rows, generator, pixels, prompt_star
 from specfuse.train.build import FRAME_TOKENS, VIDEO_TOKENS
 from specfuse.train.clip_store import Clips
 from specfuse.train.presets import Preset
-from specfuse.train.vision import read_layer
+from specfuse.train.vision import Read, read_layer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, VideoLlavaForConditionalGeneration
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, VideoLlavaForConditionalGeneration
     from transformers.cache_utils import Cache
 
 
 class Features:
     """What the frozen tower says about clips: computed when first asked for, then kept in half precision."""
 
-    def __init__(self, tower: torch.nn.Module, clips: Clips):
-        self._tower, self._clips = tower, clips
+    def __init__(self, tower: torch.nn.Module, clips: Clips, read: Read = read_layer):
+        self._tower, self._clips, self._read = tower, clips, read
         self._kept: dict[int, Tensor] = {}
 
     def live(self, chosen: list[int]) -> Tensor:
-        """``[M, 8 * 65, D]`` with gradients, for positions in the clips."""
+        """``[M, F * 65, D]`` of a clip's F frames, with gradients, for positions in the clips."""
         pictures = pixels(self._clips.frames[chosen]).to(next(self._tower.parameters()).device)
-        features = read_layer(self._tower, pictures.flatten(0, 1))
+        features = self._read(self._tower, pictures.flatten(0, 1))
         return features.unflatten(0, pictures.shape[:2]).flatten(1, 2)
 
     @torch.no_grad()
@@ -56,8 +56,6 @@ def read_start(
 
     ``kept``: the video tokens that are read, of 520, in order; the others are left out, which costs less.
     """
-    from transformers import DynamicCache
-
     inner = model.model
     ids = torch.tensor(start, device=features.device)
     positions = torch.arange(len(ids), device=features.device)
@@ -70,16 +68,22 @@ def read_start(
     video = ids == model.config.video_token_index
     places = video[None, :, None].expand_as(embeddings)
     video_embeddings = inner.multi_modal_projector(features).to(embeddings.dtype)
-    embeddings = embeddings.masked_scatter(places, video_embeddings)
-    cache = DynamicCache(config=model.config.text_config)
-    states = inner.language_model(
+    return run_start(inner.language_model, embeddings.masked_scatter(places, video_embeddings), positions)
+
+
+def run_start(language_model: Any, embeddings: Tensor, positions: Tensor) -> tuple[Cache, Tensor]:
+    """Keys and values of prompts' starts ``[M, T, D]``, and what the middle layer holds at their ends."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=language_model.config)
+    states = language_model(
         inputs_embeds=embeddings,
         position_ids=positions[None],
         past_key_values=cache,
         use_cache=True,
         output_hidden_states=True,
     ).hidden_states
-    return cache, states[model.config.text_config.num_hidden_layers // 2][:, -1]
+    return cache, states[language_model.config.num_hidden_layers // 2][:, -1]
 
 
 def repeat_cache(cache: Cache, times: int) -> Cache:
@@ -104,29 +108,48 @@ def answer_loss(
 
     ``text`` has as many rows for each clip, in order.
     """
-    device = features.device
     once, middle = read_start(model, start, features, kept)
     cache = repeat_cache(once, len(text.ids) // len(features))
+    return text_loss(model, cache, len(start), text), middle
+
+
+def text_loss(model: PreTrainedModel, cache: Cache, start: int, text: Rows) -> Tensor:
+    """Weighted mean loss over the answers' tokens, behind starts of ``start`` tokens in ``cache``."""
+    states = text_states(model, cache, start, text.ids)
+    targets = text.targets.to(states.device)
+    said = targets != IGNORED
+    losses = cross_entropy(model.lm_head(states[said]).float(), targets[said], reduction="none")
+    weights = text.weights.to(states.device)[said]
+    return (losses * weights).sum() / weights.sum()
+
+
+def text_states(model: PreTrainedModel, cache: Cache, start: int, ids: Tensor) -> Tensor:
+    """States before the language-model head ``[M, T, D]`` of rows of text behind starts in ``cache``."""
+    ids = ids.to(model.device)
     # Padding is on the right, where causal attention does not look.
-    states = model.model.language_model(
-        inputs_embeds=model.get_input_embeddings()(text.ids.to(device)),
-        position_ids=torch.arange(len(start), len(start) + text.ids.shape[1], device=device)[None],
+    states: Tensor = model.model.language_model(
+        inputs_embeds=model.get_input_embeddings()(ids),
+        position_ids=torch.arange(start, start + ids.shape[1], device=ids.device)[None],
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    targets = text.targets.to(device)
-    said = targets != IGNORED
-    losses = cross_entropy(model.lm_head(states[said]).float(), targets[said], reduction="none")
-    weights = text.weights.to(device)[said]
-    return (losses * weights).sum() / weights.sum(), middle
+    return states
 
 
 class LanguageBatches:
-    """The batches of stage 2; which one depends on seed and step alone."""
+    """The batches of stage 2; which one depends on seed and step alone. ``short``: the drafter's answers."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, clips: Clips, preset: Preset, seed: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        clips: Clips,
+        preset: Preset,
+        seed: int,
+        short: bool = False,
+    ):
         self.start = prompt_start(tokenizer)
         self._tokenizer, self._clips, self._preset, self._seed = tokenizer, clips, preset, seed
+        self._short = short
 
     def at(self, step: int, *, facts_only: bool = False) -> tuple[list[int], Rows]:
         """Positions of the clips of a step, and rows of text about them.
@@ -144,7 +167,7 @@ class LanguageBatches:
             asked = [q for q in self._clips.questions[clip] if q.factual or not facts_only]
             places = draw.choice(len(asked), size=count, replace=len(asked) < count)
             picked += [asked[i] for i in places]
-        return chosen, rows(self._tokenizer, picked, facts_only=facts_only)
+        return chosen, rows(self._tokenizer, picked, facts_only=facts_only, short=self._short)
 
     def kept(self, step: int, share: float) -> Tensor | None:
         """The video tokens that a step reads: all class tokens and more and more patches; None for all.

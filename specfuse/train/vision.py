@@ -7,6 +7,7 @@ from scratch learns the same facts several times slower. The heads are thrown aw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ FRAMES = 2  # of each clip of a batch
 PATCH_WEIGHT = 10.0
 EMPTY_WEIGHT = 0.2  # most patches show nothing
 BRIGHTNESS = 0.1
+Read = Callable[[nn.Module, Tensor], Tensor]
+"""A tower and pictures ``[M, 3, H, W]`` to the features ``[M, 65, D]`` that a model reads."""
 
 
 def read_layer(tower: nn.Module, frames: Tensor) -> Tensor:
@@ -32,6 +35,12 @@ def read_layer(tower: nn.Module, frames: Tensor) -> Tensor:
     for layer in body.encoder.layers[:-1]:
         out = layer(states, attention_mask=None)
         states = out[0] if isinstance(out, tuple) else out
+    return states
+
+
+def read_last_layer(tower: nn.Module, pictures: Tensor) -> Tensor:
+    """The last layer, as EventGPT reads it: ``[M, 3, H, W]`` to ``[M, 65, D]``."""
+    states: Tensor = tower(pictures).last_hidden_state
     return states
 
 
@@ -73,7 +82,15 @@ def facts_loss(logits: list[Tensor], facts: Tensor) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def vision_loss(tower: nn.Module, heads: Heads, clips: Clips, preset: Preset, seed: int, step: int) -> Tensor:
+def vision_loss(
+    tower: nn.Module,
+    heads: Heads,
+    clips: Clips,
+    preset: Preset,
+    seed: int,
+    step: int,
+    read: Read = read_layer,
+) -> Tensor:
     """The loss of one batch; which one depends on seed and step alone."""
     draw = generator(seed, 1, step)
     count = preset.vision_clips
@@ -82,7 +99,7 @@ def vision_loss(tower: nn.Module, heads: Heads, clips: Clips, preset: Preset, se
     light = 1 + BRIGHTNESS * draw.standard_normal((count, FRAMES, 1, 1, 1))
     device = next(tower.parameters()).device
     pictures = pixels(clips.frames[chosen[:, None], frames]) * torch.from_numpy(light).float()
-    features = read_layer(tower, pictures.flatten(0, 1).to(device)).unflatten(0, (count, FRAMES))
+    features = read(tower, pictures.flatten(0, 1).to(device)).unflatten(0, (count, FRAMES))
     facts = torch.from_numpy(clips.facts[chosen]).long().to(device)
     patches = torch.from_numpy(clips.patches[chosen[:, None], frames]).long().to(device)
     return heads.loss(features, facts, patches)
