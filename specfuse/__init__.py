@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from specfuse.drafters import ModelDrafter as ModelDrafter
     from specfuse.drafters import PromptLookupDrafter as PromptLookupDrafter
     from specfuse.drafters import auto_drafter as auto_drafter
+    from specfuse.drafters.event import EventDrafter as EventDrafter
     from specfuse.generate import SpeculativeGenerator as SpeculativeGenerator
     from specfuse.generate import custom_generate as custom_generate
     from specfuse.generate import generate as generate
@@ -54,6 +55,7 @@ _HOME = {
     "CorpusDrafter": "specfuse.drafters",
     "DraftState": "specfuse.drafters",
     "Drafter": "specfuse.drafters",
+    "EventDrafter": "specfuse.drafters.event",
     "GenerationStats": "specfuse.stats",
     "HeadDrafter": "specfuse.drafters",
     "ModelDrafter": "specfuse.drafters",

@@ -80,6 +80,28 @@ def _drafter(request: Request, report: Report) -> dict[str, Any]:
     return train_drafter(settings, request.target, report).as_dict()
 
 
+def _distill(request: Request, report: Report) -> dict[str, Any]:
+    from specfuse.train.distill import PLANS, DistillSettings, train_distill
+
+    if request.drafter is None:
+        raise UserError("--drafter must be the directory of a trained drafter")
+    minutes = "" if request.minutes is None else f" --minutes {request.minutes:g}"
+    settings = DistillSettings(
+        directory=request.out,
+        target=request.needed_target(),
+        drafter=request.drafter,
+        plan=PLANS[request.preset.name],
+        cache=request.cache,
+        minutes=request.minutes,
+        seed=request.seed,
+        resume=request.resume,
+        device=request.device,
+        command=f"specfuse train distill --target TARGET --drafter DRAFTER --preset {request.preset.name}"
+        f"{minutes} --seed {request.seed} --out DIR",
+    )
+    return train_distill(settings, report)
+
+
 def _corpus(request: Request, report: Report) -> dict[str, Any]:
     from specfuse.train.corpus import CorpusSettings, train_corpus
 
@@ -161,6 +183,10 @@ MODELS: dict[str, tuple[Callable[[Request, Report], dict[str, Any]], str]] = {
         "specfuse generate --model {out} --video CLIP --question 'What is the weather like?'",
     ),
     "drafter": (_drafter, "specfuse train distill --target {target} --drafter {out} --out DIR"),
+    "distill": (
+        _distill,
+        "specfuse.EventDrafter(*load_eventgpt('{out}'), target_processor), see {out}/README.md",
+    ),
     "head": (
         _head,
         "specfuse generate --model {target} --drafter {out} --video CLIP --question 'What is happening?'",
@@ -228,7 +254,7 @@ def train(
         return
     for name, value in figures.items():
         print(f"{name:16} {_shown(value)}")
-    print("try: " + hint.format(out=out, target=target))
+    print("try: " + hint.format(out=out, target=target or "TARGET"))
 
 
 def _shown(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class ModelDrafter(Drafter):
             return root_only(state)
         draft = state.memory.get(id(self))
         if draft is None:
-            draft = state.memory[id(self)] = _Draft(self.model, _own_inputs(self, state), state)
+            draft = state.memory[id(self)] = _Draft(self.model, self.own_inputs(state), state)
         logits = draft.catch_up(state)
         growing = [_GrowingTree(state.root(b)) for b in range(state.batch_size)]
         frontier = [[0] for _ in growing]
@@ -71,6 +71,38 @@ class ModelDrafter(Drafter):
             tree.best(max_nodes if active else 0) for tree, active in zip(growing, state.active, strict=True)
         ]
         return TokenTree.from_parents(*map(list, zip(*rows, strict=True)))
+
+    def own_inputs(self, state: DraftState) -> dict[str, Any]:
+        """The draft model's inputs: the call's, the drafter's, or what it understands of the target's.
+
+        Raises:
+            ValueError: there are none that it understands.
+        """
+        accepted = inspect.signature(self.model.forward).parameters
+        own = state.draft_inputs if state.draft_inputs is not None else self.inputs
+        if own is not None:
+            if "input_ids" not in own:
+                raise ValueError(f"draft_inputs must hold input_ids, got {sorted(own)}")
+            return dict(own)
+        takes_pixels = any(name.startswith("pixel_values") for name in accepted)
+        shown = any(token in state.visual_token_ids for prompt in state.prompts for token in prompt)
+        given = any(name.startswith("pixel_values") and v is not None for name, v in state.inputs.items())
+        if takes_pixels and shown and not given:
+            raise ValueError(
+                "the draft model needs pixels and the call has only encoded ones: pass draft_inputs=..., or "
+                "call specfuse.generate with the pixels"
+            )
+        if not state.inputs["input_ids"].shape[1]:
+            raise ValueError(
+                "the prompt is given as embeddings: the draft model needs draft_inputs=... of its own"
+            )
+        if takes_pixels or not shown:
+            shared = {k: v for k, v in state.inputs.items() if k in accepted and v is not None}
+            shared.pop("inputs_embeds", None)
+            return shared | {"input_ids": state.inputs["input_ids"]}
+        vocab = self.model.config.get_text_config(decoder=True).vocab_size
+        prompts = [[t for t in state.question(b) if t < vocab] or [0] for b in range(state.batch_size)]
+        return left_padded(prompts, self.model.device)
 
     def _expand(
         self,
@@ -203,34 +235,12 @@ class _GrowingTree:
         return [self.tokens[n] for n in chosen], parents, [self.probs[n] for n in chosen]
 
 
-def _own_inputs(drafter: ModelDrafter, state: DraftState) -> dict[str, Any]:
-    """The draft model's inputs: the call's, the drafter's, or what it understands of the target's."""
-    accepted = inspect.signature(drafter.model.forward).parameters
-    own = state.draft_inputs if state.draft_inputs is not None else drafter.inputs
-    if own is not None:
-        if "input_ids" not in own:
-            raise ValueError(f"draft_inputs must hold input_ids, got {sorted(own)}")
-        return dict(own)
-    takes_pixels = any(name.startswith("pixel_values") for name in accepted)
-    shown = any(token in state.visual_token_ids for prompt in state.prompts for token in prompt)
-    given = any(name.startswith("pixel_values") and v is not None for name, v in state.inputs.items())
-    if takes_pixels and shown and not given:
-        raise ValueError(
-            "the draft model needs pixels and the call has only encoded ones: pass draft_inputs=..., or call "
-            "specfuse.generate with the pixels"
-        )
-    if not state.inputs["input_ids"].shape[1]:
-        raise ValueError(
-            "the prompt is given as embeddings: the draft model needs draft_inputs=... of its own"
-        )
-    if takes_pixels or not shown:
-        shared = {k: v for k, v in state.inputs.items() if k in accepted and v is not None}
-        shared.pop("inputs_embeds", None)
-        return shared | {"input_ids": state.inputs["input_ids"]}
-    vocab = drafter.model.config.get_text_config(decoder=True).vocab_size
-    prompts = [[t for t in state.question(b) if t < vocab] or [0] for b in range(state.batch_size)]
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    device = drafter.model.device
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+def left_padded(rows: Sequence[list[int]], device: torch.device) -> dict[str, Any]:
+    """``input_ids`` and ``attention_mask`` ``[B, P]`` of prompts of different lengths."""
+    longest = max(map(len, rows))
+    ids = [[0] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }

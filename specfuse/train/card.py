@@ -115,6 +115,52 @@ def write_head_card(directory: Path, figures: dict[str, Any], about: dict[str, A
     (directory / "README.md").write_text(card)
 
 
+DISTILL_CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+license: apache-2.0
+---
+# Tiny EventGPT, distilled to draft for the tiny Video-LLaVA
+
+`specfuse.models.eventgpt.EventGptForConditionalGeneration`, trained further on what the target itself says:
+its tokens, the distributions behind them and its hidden states, with pictures of events to look at. It can
+not change an answer of the target, only the number of passes that it takes.
+
+- Data: world {world}; what the target says about {train_clips} training clips.
+- Command: `{command}`
+- Seed {seed}; {steps} steps in {minutes:.1f} minutes.
+- {versions}.
+
+## On {clips} held-out clips
+
+| draft | right before, where those above were | right now |
+|---|---|---|
+{acceptance}
+
+Above, the drafter's first choices along the target's answers. In chains of {depth} drafts these are
+{tokens_per_pass_before:.2f} tokens per pass of the target before and **{tokens_per_pass_after:.2f}** now.
+
+    drafter = specfuse.EventDrafter(model, processor, target_processor)
+    specfuse.generate(target, drafter, draft_inputs=drafter.see(stream), **inputs)
+"""
+
+
+def write_distill_card(directory: Path, figures: dict[str, Any], about: dict[str, Any]) -> None:
+    """Writes ``README.md`` of a distilled drafter from the figures of ``specfuse.train.distill``."""
+    names = sorted(n.removesuffix("_after") for n in figures if n.startswith("acceptance") and "after" in n)
+    shares = [(figures[f"{name}_before"], figures[f"{name}_after"]) for name in names]
+    lines = [f"| {depth} | {old:.1%} | {new:.1%} |" for depth, (old, new) in enumerate(shares, start=1)]
+    card = DISTILL_CARD.format(
+        world=WORLD_SEED,
+        versions=_versions(),
+        acceptance="\n".join(lines),
+        depth=len(names),
+        **figures,
+        **about,
+    )
+    (directory / "README.md").write_text(card)
+
+
 def write_card(
     directory: Path,
     accuracy: Accuracy,

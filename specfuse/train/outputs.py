@@ -12,11 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from specfuse.data.world import split
 from specfuse.train.batches import pixels, prompt_end, prompt_start
-from specfuse.train.clip_store import Clips
+from specfuse.train.clip_store import Clips, load_clips
+from specfuse.train.loop import Report
 from specfuse.tree_forward import TreeForward
 
 if TYPE_CHECKING:
@@ -77,6 +80,39 @@ def collect_outputs(
                 file.write(json.dumps([clip, rows], separators=(",", ":")).encode() + b"\n")
         done(len(wanted) - len(missing) + first + len(group))
     return [output for clip in wanted for output in known[clip]]
+
+
+def world_outputs(
+    model: VideoLlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    pool: int,
+    counts: tuple[int, int],
+    cache: str | os.PathLike[str],
+    report: Report = lambda stage, share, text: None,
+) -> tuple[Clips, list[Output]]:
+    """Clips of the world and what the target says about them; all that learn from it share a file.
+
+    Args:
+        model, tokenizer: as for ``collect_outputs``.
+        pool: how many of the training split's first clips may be learned from.
+        counts: clips taken evenly from those, and from the held-out split; they come in this order.
+        cache: directory of drawn clips and of answers.
+        report: is told about progress.
+    """
+    pools = (split("train")[:pool], split("held_out"))
+    spread = [p[np.linspace(0, len(p) - 1, n).astype(int)] for p, n in zip(pools, counts, strict=True)]
+    chosen = np.concatenate(spread)
+    total = len(chosen)
+    clips = load_clips(chosen, cache, lambda n: report("clips", n / total, f"{n} of {total} drawn"))
+    outputs = collect_outputs(
+        model,
+        tokenizer,
+        clips,
+        range(total),
+        Path(cache) / f"outputs-{weights_digest(model)}.jsonl",
+        lambda n: report("answers", n / total, f"about {n} of {total} clips"),
+    )
+    return clips, outputs
 
 
 @torch.no_grad()
