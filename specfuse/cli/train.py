@@ -14,6 +14,7 @@ from specfuse.cli import UserError, pick_device, print_json
 
 if TYPE_CHECKING:
     from specfuse.train.presets import Preset
+    from specfuse.train.training import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,34 +51,31 @@ Report = Callable[[str, float, str], None]  # stage, share done, what to show
 
 
 def _target(request: Request, report: Report) -> dict[str, Any]:
-    from specfuse.train.target import Settings, train_target
+    from specfuse.train.target import train_target
 
-    settings = Settings(
-        directory=request.out,
-        preset=request.preset,
-        cache=request.cache,
-        minutes=request.minutes,
-        seed=request.seed,
-        resume=request.resume,
-        device=request.device,
-    )
-    return train_target(settings, report).as_dict()
+    return train_target(_settings(request, request.preset), report).as_dict()
 
 
 def _drafter(request: Request, report: Report) -> dict[str, Any]:
     from specfuse.train.drafter import drafter_preset, train_drafter
+
+    settings = _settings(request, drafter_preset(request.preset))
+    return train_drafter(settings, request.target, report).as_dict()
+
+
+def _settings(request: Request, preset: Preset) -> Settings:
+    """Of a model that learns to see and then to answer."""
     from specfuse.train.training import Settings
 
-    settings = Settings(
+    return Settings(
         directory=request.out,
-        preset=drafter_preset(request.preset),
+        preset=preset,
         cache=request.cache,
         minutes=request.minutes,
         seed=request.seed,
         resume=request.resume,
         device=request.device,
     )
-    return train_drafter(settings, request.target, report).as_dict()
 
 
 def _distill(request: Request, report: Report) -> dict[str, Any]:

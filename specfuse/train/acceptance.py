@@ -11,7 +11,8 @@ def chain_figures(hits: Sequence[Sequence[bool]], depth: int = DEPTH) -> dict[st
     """Acceptance and tokens per pass of chains of ``depth`` drafts, along known answers.
 
     While its drafts are right a greedy drafter sees the target's own text, so from any token on they are
-    right for as long as its first choices along that text are: no chain needs to be drafted.
+    right for as long as its first choices along that text are: no chain needs to be drafted. The generation
+    loop itself lets a drafter rest after failures, which saves drafts and costs some tokens per pass.
 
     Args:
         hits: for each answer, whether the drafter's first choice for each of its tokens is the target's.

@@ -27,7 +27,7 @@ from specfuse.train.drafter import event_start, read_events
 from specfuse.train.event_store import load_event_pictures
 from specfuse.train.head_batches import HeadRows, Teacher
 from specfuse.train.language import repeat_cache, text_states
-from specfuse.train.loop import STATE, Budget, Progress, Report, check_run, read_state, run_stage, write_state
+from specfuse.train.loop import STATE, Budget, Progress, Report, RunState, check_run, run_stage
 from specfuse.train.outputs import Output, weights_digest, world_outputs
 from specfuse.train.vision import read_last_layer
 
@@ -76,7 +76,7 @@ class DistillSettings:
 
 
 class DistillTraining:
-    """The drafter and the state of one run; its tower stays as it is."""
+    """The drafter in training; its tower stays as it is."""
 
     def __init__(self, settings: DistillSettings, target: Any, drafter: EventGptForConditionalGeneration):
         self.settings, self.target, self.drafter = settings, target, drafter
@@ -84,48 +84,23 @@ class DistillTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.to_target = nn.Linear(*widths).to(target.device)
-        self.identity = {
+        drafter.model.visual_tower.requires_grad_(False)
+        learning = [p for p in drafter.parameters() if p.requires_grad] + list(self.to_target.parameters())
+        groups = [{"params": learning, "rate": settings.plan.rate}]
+        optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
+        identity = {
             "seed": settings.seed,
             "world": WORLD_SEED,
             "weights": weights_digest(target),
             "drafter": weights_digest(drafter),
             **asdict(settings.plan),
         }
-        drafter.model.visual_tower.requires_grad_(False)
-        learning = [p for p in drafter.parameters() if p.requires_grad] + list(self.to_target.parameters())
-        groups = [{"params": learning, "rate": settings.plan.rate}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
-        self.progress = Progress()
-
-    def save(self) -> None:
-        """Writes the state into the directory."""
-        state = {
-            "settings": self.identity,
-            "minutes": self.settings.minutes,
-            "drafter": self.drafter.state_dict(),
-            "to_target": self.to_target.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "progress": asdict(self.progress),
-        }
-        write_state(self.settings.directory / STATE, state)
-
-    def load(self) -> None:
-        """Reads the state from the directory; raises what ``specfuse.train.loop.read_state`` does."""
-        path = self.settings.directory / STATE
-        state = read_state(path, self.identity)
-        try:
-            self.drafter.load_state_dict(state["drafter"])
-            self.to_target.load_state_dict(state["to_target"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.progress = Progress(**state["progress"])
-            if self.settings.minutes is None:
-                self.settings.minutes = state["minutes"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} does not fit this drafter: {str(error).splitlines()[0]}") from None
+        modules = {"drafter": drafter, "to_target": self.to_target}
+        self.state = RunState(settings.directory / STATE, identity, modules, optimizer, settings.minutes)
 
     def run(self, teacher: Teacher, start: list[int], report: Report) -> None:
         """Trains until the budget is used."""
-        settings, plan = self.settings, self.settings.plan
+        settings, plan, state = self.settings, self.settings.plan, self.state
 
         def loss_at(step: int, share: float) -> Tensor:
             rows = teacher.at(settings.seed, step, plan.clips, plan.rows)
@@ -135,8 +110,8 @@ class DistillTraining:
             report("distill", share, f"step {progress.step}, loss {np.mean(progress.losses[-50:]):.3f}")
 
         self.drafter.train()
-        budget = Budget(60 * (settings.minutes or plan.minutes), settings.steps)
-        run_stage(self.optimizer, loss_at, budget, self.progress, self.save, tell)
+        budget = Budget(60 * (state.minutes or plan.minutes), settings.steps)
+        run_stage(state.optimizer, loss_at, budget, state.progress, state.save, tell)
 
 
 def distill_loss(
@@ -232,14 +207,16 @@ def train_distill(
     start = event_start(drafter, own.tokenizer)
     before = _measure(training, teacher, start, held_out, outputs, report, "before")
     if settings.resume:
-        training.load()
+        training.state.load()
     training.run(teacher, start, report)
     drafter.eval()
     halves = {name: value.half() for name, value in drafter.state_dict().items()}
     drafter.save_pretrained(directory, state_dict=halves)
     own.save_pretrained(directory)
+    # What is measured is what was written.
+    drafter.load_state_dict({name: value.float() for name, value in halves.items()})
     figures = before | _measure(training, teacher, start, held_out, outputs, report, "after")
-    progress = training.progress
+    progress = training.state.progress
     figures |= {"clips": len(held_out), "steps": progress.step, "minutes": round(progress.seconds / 60, 2)}
     (directory / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     about = {"command": settings.command, "seed": settings.seed, "train_clips": plan.train_clips}

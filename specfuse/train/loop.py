@@ -10,7 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +181,42 @@ def read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         name = different[0]
         raise ValueError(f"{path} belongs to a run with {name}={found.get(name)!r}, not {settings[name]!r}")
     return state
+
+
+@dataclass(slots=True)
+class RunState:
+    """What a run of one stage resumes from.
+
+    Args:
+        path: of the file.
+        identity: what a file must agree about to be resumed.
+        modules: the weights, by name.
+        optimizer: over them.
+        minutes: that the run was given; a resumed one takes them over where it is given none.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    modules: dict[str, torch.nn.Module]
+    optimizer: torch.optim.Optimizer
+    minutes: float | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def save(self) -> None:
+        """Writes the file."""
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        kept = {"settings": self.identity, "minutes": self.minutes, "progress": asdict(self.progress)}
+        write_state(self.path, state | kept | {"optimizer": self.optimizer.state_dict()})
+
+    def load(self) -> None:
+        """Reads it; raises what ``read_state`` does, and ValueError for weights of other shapes."""
+        state = read_state(self.path, self.identity)
+        try:
+            for name, module in self.modules.items():
+                module.load_state_dict(state[name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
+            if self.minutes is None:
+                self.minutes = state["minutes"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.path} does not fit this model: {str(error).splitlines()[0]}") from None
