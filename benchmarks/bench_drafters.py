@@ -14,7 +14,8 @@ drafters of its own, so that "cold" means cold.
     over generate    the same against model.generate
 
 Rows whose weights are not given and do not ship are left out and named. --model, --corpus, --naive,
---distilled, --head and --head-events take directories (--corpus a file) other than the shipped ones.
+--distilled, --head and --head-events take directories (--corpus a file) other than the shipped ones; a head
+with events is given those of the naive EventGPT. Rows that see events encode them at a clip's first question.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ import numpy as np
 import torch
 from environment import COLUMNS, environment
 
+import specfuse
 from specfuse.data import miniature
-from specfuse.data.world import split
+from specfuse.data.world import events, split
 from specfuse.demo import LONGEST, AskedClip, ask, choose
 from specfuse.drafters import CombinedDrafter, CorpusDrafter, Drafter, HeadDrafter, PromptLookupDrafter
 from specfuse.generate import SpeculativeGenerator
-from specfuse.models.checkpoint import load_video_llava
+from specfuse.models import checkpoint
 from specfuse.session import FIRST_TURN
 from specfuse.stats import GenerationStats
 from specfuse.vision_cache import patch
@@ -47,14 +49,33 @@ FIGURES = ("acceptance", "tokens_per_pass", "cost_ratio", "over_plain", "over_ge
 PLAIN = "none (plain decoding)"
 
 
+class Sees:
+    """Events of clips for drafters that look at them: encoded at a clip's first question, then kept.
+
+    A camera records the events; simulating them, in ``prepare``, is nobody's cost.
+    """
+
+    def __init__(self, drafter: Any):
+        self.drafter = drafter
+        self.streams: dict[int, Any] = {}
+        self.seen: dict[int, Mapping[str, Any]] = {}
+
+    def prepare(self, clip: int) -> None:
+        if clip not in self.streams:
+            self.streams[clip] = events(clip)
+
+    def __call__(self, clip: int) -> Mapping[str, Any]:
+        if clip not in self.seen:
+            self.seen[clip] = self.drafter.see(self.streams[clip])
+        return self.seen[clip]
+
+
 class Row(NamedTuple):
     """A drafter of the table."""
 
     name: str
     drafter: Drafter | None
-    inputs: Callable[[AskedClip], Mapping[str, Any]] | None = (
-        None  # what the drafter alone is given of a clip
-    )
+    sees: Sees | None = None
 
 
 class Measured(NamedTuple):
@@ -64,35 +85,52 @@ class Measured(NamedTuple):
     stats: list[GenerationStats]
 
 
-def warm_corpus(path: Path | None) -> CorpusDrafter | None:
-    """Remembered answers about training clips, from a file or as shipped."""
-    if path is not None:
-        return CorpusDrafter().load(path)
-    return miniature.load_corpus() if "tiny-corpus" in miniature.shipped() else None
-
-
-def table_rows(target: Any, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
+def table_rows(target: Any, processor: Any, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     """Fresh drafters for every row whose weights are there, and the names of the other rows."""
-    head = weights("head", options.head, lambda path: HeadDrafter.from_pretrained(path, target))
-    corpus, more = warm_corpus(options.corpus), warm_corpus(options.corpus)
+
+    def load(name: str, given: Path | None, make: Callable[[Path], Any]) -> Any:
+        return weights(name, given, options.model is not None, make)
+
+    def load_head(path: Path) -> HeadDrafter:
+        return HeadDrafter.from_pretrained(path, target)
+
+    def load_eventgpt(path: Path) -> Drafter:
+        return specfuse.EventDrafter(*checkpoint.load_eventgpt(path, dtype=torch.float32), processor)
+
+    naive = load("eventgpt-naive", options.naive, load_eventgpt)
+    distilled = load("eventgpt", options.distilled, load_eventgpt)
+    head = load("head", options.head, load_head)
+    fused = load("head-events", options.head_events, load_head)
+    corpus, more = (load("corpus", options.corpus, load_corpus) for _ in range(2))
+    eyes = naive or distilled
+    parts = [more or CorpusDrafter(), PromptLookupDrafter(), *([head] if head else [])]
     found: dict[str, Row | None] = {
         PLAIN: Row("", None),
         "prompt lookup": Row("", PromptLookupDrafter()),
+        "EventGPT, its own short answers": naive and Row("", naive, Sees(naive)),
+        "EventGPT, distilled": distilled and Row("", distilled, Sees(distilled)),
         "head": head and Row("", head),
+        "head and events": fused and eyes and Row("", fused, Sees(eyes)),
         "corpus, cold": Row("", CorpusDrafter()),
         "corpus, warm (answers on training clips)": corpus and Row("", corpus),
+        "combined: corpus, lookup" + (", head" if head else ""): Row("", CombinedDrafter(parts)),
     }
-    parts = [more or CorpusDrafter(), PromptLookupDrafter(), *([head] if head else [])]
-    found["combined: corpus, lookup" + (", head" if head else "")] = Row("", CombinedDrafter(parts))
     rows = [row._replace(name=name) for name, row in found.items() if row is not None]
     return rows, [name for name, row in found.items() if row is None]
 
 
-def weights(name: str, given: Path | None, load: Callable[[Path], Any]) -> Any:
-    """What ``load`` makes of a directory, given or shipped as tiny-NAME; None where there is none."""
-    if given is None and f"tiny-{name}" not in miniature.shipped():
+def weights(name: str, given: Path | None, other_model: bool, load: Callable[[Path], Any]) -> Any:
+    """What ``load`` makes of a directory, given or shipped as tiny-NAME; None where there is none.
+
+    What ships belongs to the shipped target; another one gets what is given alone.
+    """
+    if given is None and (other_model or f"tiny-{name}" not in miniature.shipped()):
         return None
     return load(given or miniature.directory(f"tiny-{name}"))
+
+
+def load_corpus(path: Path) -> CorpusDrafter:
+    return CorpusDrafter().load(path / miniature.CORPUS_FILE if path.is_dir() else path)
 
 
 class Table:
@@ -119,16 +157,20 @@ class Table:
                 for place in range(len(rows)):
                     index = (self.turns + place) % len(rows)
                     row, generator = rows[index], generators[index]
-                    own = None if row.inputs is None else row.inputs(asked)
-                    got, seconds = timed(
-                        lambda g=generator, o=options, own=own: g.generate(draft_inputs=own, **o)
-                    )
+                    if row.sees is not None:
+                        row.sees.prepare(asked.index)
+                    got, seconds = timed(lambda r=row, g=generator, c=asked, o=options: call(r, g, c, o))
                     if not torch.equal(got, expected):
                         raise SystemExit(f"{row.name} gave other tokens than model.generate: {question.text}")
                     measured[index].seconds.append(seconds)
                     measured[index].stats.append(generator.last_stats)  # type: ignore[arg-type]
                 self.turns += 1
         return generate, measured
+
+
+def call(row: Row, generator: SpeculativeGenerator, asked: AskedClip, options: dict[str, Any]) -> Any:
+    own = None if row.sees is None else row.sees(asked.index)
+    return generator.generate(draft_inputs=own, **options)
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -199,10 +241,12 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, dict[str, float]
     if options.model is None:
         model, processor = miniature.load_target()
     else:
-        model, processor = load_video_llava(options.model, dtype=torch.float32)
+        model, processor = checkpoint.load_video_llava(options.model, dtype=torch.float32)
     bench = Table(model, processor, options.nodes)
-    bench.run(table_rows(model, options)[0], [ask(int(split("train")[0]), 2, np.random.default_rng(0))])
-    rows, missing = table_rows(model, options)
+    bench.run(
+        table_rows(model, processor, options)[0], [ask(int(split("train")[0]), 2, np.random.default_rng(0))]
+    )
+    rows, missing = table_rows(model, processor, options)
     chosen = choose(options.clips, options.questions, options.seed)
     generate, measured = bench.run(rows, chosen)
     plain = measured[[row.name for row in rows].index(PLAIN)]

@@ -166,7 +166,11 @@ def test_remembered_answers_are_drafted_for_the_same_question(
     figures = json.loads((remembered.directory / "corpus.json").read_text())
     assert figures["weights"] == weights_digest(model)
     assert len(drafter) == figures["answers"] and drafter.num_tokens == figures["tokens"]
-    assert not (tmp_path / "tiny-corpus" / "outputs.jsonl").exists()
+    assert sorted(path.name for path in (tmp_path / "tiny-corpus").iterdir()) == [
+        "README.md",
+        "answers.safetensors",
+        "corpus.json",
+    ]
 
 
 def test_finished_clips_are_not_asked_about_again(

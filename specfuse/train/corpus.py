@@ -17,13 +17,14 @@ from specfuse.drafters import CorpusDrafter
 from specfuse.models.checkpoint import load_video_llava
 from specfuse.train.batches import prompt_end, prompt_start
 from specfuse.train.clip_store import load_clips
+from specfuse.train.head import outputs_file
 from specfuse.train.outputs import Output, collect_outputs, weights_digest
 from specfuse.train.presets import Preset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CLIPS = 200  # at about 1,000 tokens each the file stays below 1 MB
+CLIPS = 180  # at about 1,220 tokens each the file stays below 1 MB
 CARD = """# What the tiny Video-LLaVA says about {clips} training clips
 
 {answers:,} greedy answers, {tokens:,} tokens, to every question about clips spread over the training split of
@@ -50,7 +51,7 @@ def train_corpus(
 ) -> dict[str, Any]:
     """Asks the target everything about training clips and writes a ``CorpusDrafter``'s file.
 
-    An interrupted run goes on where it was: finished clips are in ``outputs.jsonl``.
+    What was asked before, by this command or for training a head, is in the cache and not asked again.
 
     Args:
         settings: whom to ask, and about how much.
@@ -73,7 +74,7 @@ def train_corpus(
         processor.tokenizer,
         clips,
         range(count),
-        settings.directory / "outputs.jsonl",
+        outputs_file(settings.cache, model),
         lambda n: report("answers", n / count, f"about {n} of {count} clips"),
     )
     path = settings.directory / CORPUS_FILE

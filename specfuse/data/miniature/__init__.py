@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from specfuse.drafters import CorpusDrafter
 
 ROOT = Path(__file__).parent
-NAMES = ("tiny-video-llava", "tiny-eventgpt", "tiny-head", "tiny-corpus")
+NAMES = (
+    *("tiny-video-llava", "tiny-corpus", "tiny-head", "tiny-head-events"),
+    *("tiny-eventgpt", "tiny-eventgpt-naive"),
+)
 MOST_BYTES = 14_000_000  # of all together: the package stays a small download
 CORPUS_FILE = "answers.safetensors"
 MANIFEST = "manifest.json"
