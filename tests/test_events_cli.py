@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -144,6 +145,14 @@ def test_without_the_extra(
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     events(name, "--help")
     assert f"events {name}" in capsys.readouterr().out
+
+
+def test_recordings_are_read_and_drawn_without_torch(recording: Path, tmp_path: Path) -> None:
+    code = "import sys; from specfuse.cli.main import run; "
+    code += f"run(['events', 'render', {str(recording)!r}, '--out', {str(tmp_path / 'png')!r}]); "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    assert len(list((tmp_path / "png").iterdir())) == 5
 
 
 def test_bad_videos(tmp_path: Path) -> None:

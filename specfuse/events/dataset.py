@@ -131,7 +131,7 @@ def prefetch(
         samples: what is read.
         order: numbers of the items; all in turn if None.
         ahead: how many items are prepared or waiting at a time, beside the caller's.
-        workers: threads. Drawing and unpacking leave Python's lock, so two are faster than one.
+        workers: threads; more than one where an item takes longer than what the caller does with it.
 
     Raises:
         ValueError: ``ahead`` or ``workers`` below 1.
