@@ -38,10 +38,6 @@ class EventGptProcessor(ProcessorMixin):
         ValueError: a tokenizer without the token, or a conversation without a question or a place for events.
     """
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self,
         image_processor: Any = None,
