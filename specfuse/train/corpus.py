@@ -17,8 +17,7 @@ from specfuse.drafters import CorpusDrafter
 from specfuse.models.checkpoint import load_video_llava
 from specfuse.train.batches import prompt_end, prompt_start
 from specfuse.train.clip_store import load_clips
-from specfuse.train.head import outputs_file
-from specfuse.train.outputs import Output, collect_outputs, weights_digest
+from specfuse.train.outputs import Output, collect_outputs, outputs_file, weights_digest
 from specfuse.train.presets import Preset
 
 if TYPE_CHECKING:

@@ -95,7 +95,7 @@ class DistillTraining:
             "drafter": weights_digest(drafter),
             **asdict(settings.plan),
         }
-        modules = {"drafter": drafter, "to_target": self.to_target}
+        modules: dict[str, nn.Module] = {"drafter": drafter, "to_target": self.to_target}
         self.state = RunState(settings.directory / STATE, identity, modules, optimizer, settings.minutes)
 
     def run(self, teacher: Teacher, start: list[int], report: Report) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specfuse.data.world import WORLD_SEED, split
+from specfuse.data.world import WORLD_SEED
 from specfuse.drafters import DraftHead, HeadConfig
 from specfuse.models.checkpoint import load_video_llava
 from specfuse.train.card import write_curves, write_head_card
-from specfuse.train.clip_store import Clips, load_clips
 from specfuse.train.head_batches import EventFeatures, Teacher
 from specfuse.train.head_loss import head_loss
 from specfuse.train.head_report import MakeGenerator, measure
 from specfuse.train.loop import STATE, Budget, Progress, Report, check_run, read_state, run_stage, write_state
-from specfuse.train.outputs import Output, collect_outputs, weights_digest
+from specfuse.train.outputs import weights_digest, world_outputs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, VideoLlavaForConditionalGeneration
+    from transformers import VideoLlavaForConditionalGeneration
 
 WEIGHT_DECAY = 0.01
 
@@ -160,8 +158,11 @@ def train_head(
     check_run(directory, settings.minutes, settings.resume)
     model, processor = load_video_llava(settings.target, dtype=torch.float32, device=settings.device)
     model.requires_grad_(False)
-    clips, outputs = _outputs(settings, model, processor.tokenizer, report)
-    learned = settings.plan.train_clips
+    plan = settings.plan
+    learned = plan.train_clips
+    clips, outputs = world_outputs(
+        model, processor.tokenizer, plan.pool, (learned, plan.held_out_clips), settings.cache, report
+    )
     seen = set(clips.indices[:learned].tolist())
     # What the target never says to a thousand questions it will rarely say: drafting it is not worth a row.
     said = {token for output in outputs if output.clip in seen for token in output.tokens}
@@ -197,38 +198,3 @@ def train_head(
     write_head_card(directory, figures, about)
     write_curves(directory, {"head": training.progress})
     return figures
-
-
-def _outputs(
-    settings: HeadSettings,
-    model: VideoLlavaForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    report: Report,
-) -> tuple[Clips, list[Output]]:
-    """Clips, those to learn from first, and what the target says about them."""
-    train, held_out = split("train")[: settings.plan.pool], split("held_out")
-    chosen = np.concatenate(
-        [
-            pool[np.linspace(0, len(pool) - 1, count).astype(int)]
-            for pool, count in (
-                (train, settings.plan.train_clips),
-                (held_out, settings.plan.held_out_clips),
-            )
-        ]
-    )
-    total = len(chosen)
-    clips = load_clips(chosen, settings.cache, lambda n: report("clips", n / total, f"{n} of {total} drawn"))
-    outputs = collect_outputs(
-        model,
-        tokenizer,
-        clips,
-        range(total),
-        outputs_file(settings.cache, model),
-        lambda n: report("answers", n / total, f"about {n} of {total} clips"),
-    )
-    return clips, outputs
-
-
-def outputs_file(cache: str | os.PathLike[str], model: torch.nn.Module) -> Path:
-    """Where the cache keeps what a target says: every training that learns from it reads the same file."""
-    return Path(cache) / f"outputs-{weights_digest(model)}.jsonl"

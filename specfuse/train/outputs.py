@@ -109,10 +109,15 @@ def world_outputs(
         tokenizer,
         clips,
         range(total),
-        Path(cache) / f"outputs-{weights_digest(model)}.jsonl",
+        outputs_file(cache, model),
         lambda n: report("answers", n / total, f"about {n} of {total} clips"),
     )
     return clips, outputs
+
+
+def outputs_file(cache: str | os.PathLike[str], model: torch.nn.Module) -> Path:
+    """Where the cache keeps what a target says: every training that learns from it reads the same file."""
+    return Path(cache) / f"outputs-{weights_digest(model)}.jsonl"
 
 
 @torch.no_grad()
