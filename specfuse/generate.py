@@ -160,7 +160,8 @@ class SpeculativeGenerator:
         pace = self._pace(input_ids)
         run.target.keeps_states = self.drafter is not None and self.drafter.needs_target
 
-        tree = root_only(run.state) if run.target.keeps_states else self._propose(run.state, pace)
+        drafts_first = self.drafter is None or self.drafter.drafts_first
+        tree = self._propose(run.state, pace) if drafts_first else root_only(run.state)
         stats.draft_ms += clock.lap()
         logits, tree = run.prefill(tree)
         verified = verify(logits, tree, run.choice, run.root_positions, run.sequences())
@@ -197,7 +198,7 @@ class SpeculativeGenerator:
         if self.drafter is None or not self.sizes_itself:
             return Backoff()
         size = TreeSize(costs_of(self.model, self.drafter, *input_ids.shape), input_ids.shape[1])
-        size.first = not self.drafter.needs_target
+        size.first = self.drafter.drafts_first
         return size
 
     def _learn(self, state: DraftState) -> None:

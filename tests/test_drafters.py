@@ -190,6 +190,29 @@ def test_combined_hands_on_what_it_observes_and_needs():
     assert CombinedDrafter(inner).needs_target
 
 
+def test_combined_drafts_first_with_those_that_can():
+    model = tiny_llama(seed=0, eos=False)
+    ids = torch.arange(5, 13)[None]
+    answer = model.generate(ids, max_new_tokens=20, do_sample=False)[0, 8:].tolist()
+
+    class Reader(Drafter):
+        needs_target = True
+        asked = 0
+
+        def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
+            assert state.hidden, "asked before there was anything to read"
+            self.asked += 1
+            return root_only(state)
+
+    reader = Reader()
+    assert not reader.drafts_first and not CombinedDrafter([reader]).drafts_first
+    drafter = CombinedDrafter([reader, OracleChainDrafter([answer], 4)])
+    assert drafter.needs_target and drafter.drafts_first
+    generator = specfuse.SpeculativeGenerator(model, drafter)
+    assert generator.generate(ids, max_new_tokens=20, do_sample=False)[0, 8:].tolist() == answer
+    assert generator.last_stats.passes == 4 and reader.asked == 3
+
+
 def test_combined_beats_each_part_on_its_own():
     """Two drafters that know one half of the answer each: together they know all of it."""
     answer = list(range(10, 30))

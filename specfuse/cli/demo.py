@@ -33,6 +33,7 @@ def demo(
     html: Path | None = typer.Option(None, help="Also write a page: frames, events, coloured answers."),
     model: Path | None = typer.Option(None, help="Directory of another Video-LLaVA than the shipped one."),
     corpus: Path | None = typer.Option(None, help="Other remembered answers than the shipped ones."),
+    head: Path | None = typer.Option(None, help="Draft from a head too: directory by `specfuse train head`."),
     json: bool = typer.Option(False, "--json", help="Print JSON, alone on stdout."),
 ) -> int:
     """Ask about held-out clips through model.generate, prompt lookup and specfuse; compare tokens, time."""
@@ -47,7 +48,7 @@ def demo(
 
         chosen = choose(clips, questions, seed)
         target, processor = _load(model)
-        contest = Contest(target, processor, _drafter(model, corpus), max_nodes)
+        contest = Contest(target, processor, _drafter(target, model is None, corpus, head), max_nodes)
     total = sum(len(asked.questions) for asked in chosen)
     with _table(console, total, transient=json) as tell:
         result = run_demo(contest, chosen, seed, tell)
@@ -76,15 +77,19 @@ def _load(directory: Path | None) -> tuple[Any, Any]:
     return load_video_llava(directory, dtype=torch.float32)
 
 
-def _drafter(model: Path | None, corpus: Path | None) -> Drafter:
+def _drafter(target: Any, shipped: bool, corpus: Path | None, head: Path | None) -> Drafter:
     from specfuse.data import miniature
-    from specfuse.drafters import CorpusDrafter
+    from specfuse.drafters import CombinedDrafter, CorpusDrafter, HeadDrafter
 
     if corpus is not None:
-        return CorpusDrafter().load(corpus)
-    # What the shipped model said is of no use to another one.
-    remembered = model is None and "tiny-corpus" in miniature.shipped()
-    return miniature.load_corpus() if remembered else CorpusDrafter()
+        remembered = CorpusDrafter().load(corpus)
+    else:
+        # What the shipped model said is of no use to another one.
+        known = shipped and "tiny-corpus" in miniature.shipped()
+        remembered = miniature.load_corpus() if known else CorpusDrafter()
+    if head is None:
+        return remembered
+    return CombinedDrafter([remembered, HeadDrafter.from_pretrained(head, target)])
 
 
 def _versions() -> str:
@@ -131,7 +136,7 @@ def _lines(result: DemoResult) -> list[RenderableType]:
     for system in SYSTEMS:
         first, later = (result.first_token_seconds(system, later=turn) for turn in (False, True))
         times = ["" if seconds is None else f"{seconds * 1e3:.1f} ms" for seconds in (first, later)]
-        faster = "" if system == SPECFUSE else f"{result.speedup(system):.2f}x faster"
+        faster = "" if system == SPECFUSE else f"{result.speedup(system):.2f}x"
         speed = f"{result.tokens_per_second(system):.0f}"
         table.add_row(system, speed, f"{result.tokens_per_pass(system):.2f}", *times, faster)
     return [table, f"vision cache: {result.hits} hits, {result.misses} misses"]

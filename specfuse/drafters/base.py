@@ -77,6 +77,11 @@ class Drafter:
     needs_target: bool = False
     """True for a drafter that reads the target's hidden states: it gets them, and no first tree."""
 
+    @property
+    def drafts_first(self) -> bool:
+        """Whether it is asked before the target's first pass, which then carries its tree."""
+        return not self.needs_target
+
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
         """Trees for all B rows, on the CPU.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from specfuse.drafters.base import Drafter, DraftState
+from specfuse.drafters.base import Drafter, DraftState, root_only
 from specfuse.tree import TokenTree
 
 _BUCKETS = 16
@@ -49,9 +49,18 @@ class CombinedDrafter(Drafter):
         self.needs_target = any(drafter.needs_target for drafter in drafters)
         self.calibrations = [_Calibration() for _ in drafters]
 
+    @property
+    def drafts_first(self) -> bool:
+        return any(drafter.drafts_first for drafter in self.drafters)
+
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
         self._learn_from_last(state)
-        trees = [drafter.propose(state, max_nodes) for drafter in self.drafters]
+        # Before the target's first pass there are no hidden states to draft from.
+        first = not any(state.answers)
+        trees = [
+            root_only(state) if first and not drafter.drafts_first else drafter.propose(state, max_nodes)
+            for drafter in self.drafters
+        ]
         rows = [list(row) for row in zip(*map(_rows_of, trees), strict=True)]
         state.memory[id(self)] = (rows, [len(answer) for answer in state.answers])
         merged = [self._merge(row, state.root(b), max_nodes) for b, row in enumerate(rows)]
