@@ -44,6 +44,7 @@ class Case:
         small: whether it also runs on a CPU.
         compile: eager code to time under torch.compile as the provider "compile".
         compile_mode: of torch.compile.
+        samples: what a call works through, where throughput is the figure; told as ``samples_per_s``.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Case:
     small: bool = False
     compile: Call | None = None
     compile_mode: str = "default"
+    samples: int = 0
 
 
 class Tuning(NamedTuple):
@@ -97,6 +99,7 @@ def measure(case: Case, device: str, rounds: int, compile: bool, limits: Ceiling
             "bytes": case.bytes,
             "flops": case.flops,
             "threads": torch.get_num_threads(),
+            **({"samples_per_s": round(1e6 * case.samples / spread["p50_us"])} if case.samples else {}),
         }
         for provider, spread in times.items()
     ]
@@ -145,7 +148,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         spread = "  ".join(f"{key[:3]} {row[key]:10.1f}" for key in ("p20_us", "p50_us", "p80_us"))
         share = "" if row["share"] == "" else f"  {row['share']:6.1%} of the floor"
-        print(f"  {row['provider']:12} {spread} us  {row['gb_per_s']:8.1f} GB/s{share}")
+        samples = f"  {row['samples_per_s']:,} samples/s" if "samples_per_s" in row else ""
+        print(f"  {row['provider']:12} {spread} us  {row['gb_per_s']:8.1f} GB/s{share}{samples}")
 
 
 def append_csv(path: Path, op: str, rows: list[dict[str, Any]]) -> None:
@@ -153,7 +157,7 @@ def append_csv(path: Path, op: str, rows: list[dict[str, Any]]) -> None:
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, ROW)
+        writer = csv.DictWriter(file, ROW, extrasaction="ignore")
         if new:
             writer.writeheader()
         writer.writerows({**_environment(), "op": op, **row} for row in rows)

@@ -49,6 +49,16 @@ def test_rows_hold_times_and_the_larger_floor(harness: ModuleType) -> None:
     assert harness.measure(case(harness), "cpu", 3, False, limits)[0]["floor_us"] == 2000.0
 
 
+def test_samples_a_second_are_told_but_are_no_column(harness: ModuleType, tmp_path: Path) -> None:
+    limits = harness.Ceilings(1e9, 1e9)
+    rows = harness.measure(case(harness, samples=7), "cpu", 3, False, limits)
+    assert rows[0]["samples_per_s"] == round(7e6 / rows[0]["p50_us"])
+    assert "samples_per_s" not in harness.measure(case(harness), "cpu", 3, False, limits)[0]
+    harness.append_csv(tmp_path / "a.csv", "adapters", rows)
+    with (tmp_path / "a.csv").open() as file:
+        assert csv.DictReader(file).fieldnames == list(harness.ROW)
+
+
 def test_a_case_that_disagrees_is_not_timed(harness: ModuleType) -> None:
     timed = []
 

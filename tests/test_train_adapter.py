@@ -65,7 +65,7 @@ def texts() -> Pairs:
         clips % 3 == 2,
         context=last[:, None].repeat(1, 2),
         rows=clips % 5,
-        target_head=torch.zeros(V, 3),
+        source_head=torch.zeros(V, W),
     )
 
 
@@ -177,7 +177,7 @@ def test_an_interrupted_run_ends_as_the_whole_one(tmp_path: Path) -> None:
 def test_training_ends_early_and_keeps_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing can be learned from noise: what is best is found early.
     monkeypatch.setattr("specfuse.train.adapter.CHECK_EVERY", 5)
-    pairs = vectors(target=torch.randn(N, D))
+    pairs = vectors(target=torch.randn(N, D, generator=torch.Generator().manual_seed(5)))
     figures = train_adapter(AdapterSettings(tmp_path / "out", kind="linear", steps=2_000), pairs)
     training = figures["training"]
     assert training["stopped_early"] and training["steps"] < 500

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,15 @@ from specfuse.train.adapter_losses import LOSSES, build_adapter, make_loss, vali
 from specfuse.train.adapter_pairs import Pairs
 from specfuse.train.adapter_report import align_report
 from specfuse.train.batches import generator
-from specfuse.train.loop import Budget, Progress, read_state, run_stage, write_state
+from specfuse.train.loop import STATE, Budget, Progress, Report, check_run, read_state, run_stage, write_state
 
-STATE = "training.pt"
 ABOUT = "alignment.json"
 RATE = 1e-3
 WEIGHT_DECAY = 0.01
-BATCH_VECTORS = 2048  # of a step, in samples of one vector or of many tokens
+BATCH_NUMBERS = 2**18  # of the targets of a step
 LARGEST_BATCH = 256  # samples
 CHECK_EVERY = 50  # steps
 PATIENCE = 12  # checks without a better one
-Report = Callable[[str, float, str], None]  # stage, share done, what to show
 
 
 @dataclass(slots=True)
@@ -52,18 +49,10 @@ class AdapterSettings:
 
     def check(self) -> None:
         """Raises what :func:`train_adapter` says about directory, kind, loss and minutes."""
-        directory = self.directory
-        if directory.exists() and not directory.is_dir():
-            raise NotADirectoryError(20, "not a directory", str(directory))
-        if not self.resume and directory.exists() and any(directory.iterdir()):
-            raise FileExistsError(f"{directory} is not empty")
-        if self.resume and not (directory / STATE).exists():
-            raise FileNotFoundError(2, "no training to resume", str(directory / STATE))
+        check_run(self.directory, self.minutes, self.resume)
         for name, value, known in (("kind", self.kind, KINDS), ("loss", self.named_loss(), LOSSES)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if self.minutes <= 0:
-            raise ValueError(f"minutes must be above 0, got {self.minutes}")
 
 
 @dataclass(slots=True)
@@ -152,7 +141,7 @@ class AdapterTraining:
         budget = EndingBudget(60 * self.settings.minutes, self.settings.steps, self.checks.ended)
         if not self.checks.scores:
             self._check(budget)
-        size = max(1, min(LARGEST_BATCH, BATCH_VECTORS // _vectors(self.pairs), len(self.train)))
+        size = max(1, min(LARGEST_BATCH, BATCH_NUMBERS // self.pairs.target[0].numel(), len(self.train)))
 
         def loss_at(step: int, share: float) -> Tensor:
             self.adapter.train()
@@ -179,10 +168,6 @@ class AdapterTraining:
         if self.checks.add(validation_score(self.adapter, self.loss, self.pairs, self.validation)):
             self.best = copy.deepcopy(self.adapter.state_dict())
         budget.ended = self.checks.ended
-
-
-def _vectors(pairs: Pairs) -> int:
-    return pairs.target.shape[1] if pairs.target.dim() == 3 else 1
 
 
 def train_adapter(

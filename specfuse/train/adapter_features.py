@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +124,39 @@ def _seen(
     target: Any, drafter: Any, clips: np.ndarray, cache: Path, done: Callable[[int], object]
 ) -> dict[str, Tensor]:
     """Per clip the drafter's means over pictures, the target's first frame and its mean over later ones."""
-    from safetensors.torch import load_file, save_file
 
-    path = cache / f"features-{weights_digest(drafter)}-{weights_digest(target)}-{_digest(clips)}.safetensors"
-    if path.exists():
-        done(len(clips))
-        return load_file(path)
+    def of_target(group: np.ndarray) -> dict[str, Tensor]:
+        frames = target_tokens(target, load_clips(group, cache).frames)
+        return {"first": frames[:, 0], "later": frames[:, 1:].mean(1)}
+
+    def of_drafter(group: np.ndarray) -> dict[str, Tensor]:
+        return {"drafter": drafter_tokens(drafter, load_event_pictures(group, cache)).mean(1)}
+
     parts: dict[str, list[Tensor]] = {"drafter": [], "first": [], "later": []}
+    # Of the towers alone: a drafter that was distilled behind the same tower sees the same.
+    towers = target.model.video_tower, drafter.model.visual_tower
+    sides = list(zip(map(weights_digest, towers), (of_target, of_drafter), strict=True))
     for start in range(0, len(clips), GROUP):
         group = clips[start : start + GROUP]
-        frames = target_tokens(target, load_clips(group, cache).frames)
-        pictures = drafter_tokens(drafter, load_event_pictures(group, cache))
-        values = (pictures.mean(1), frames[:, 0], frames[:, 1:].mean(1))
-        for kept, value in zip(parts.values(), values, strict=True):
-            kept.append(value.half().cpu())
+        for digest, compute in sides:
+            path = cache / f"features-{digest}-{zlib.crc32(group.tobytes()):08x}.safetensors"
+            for name, value in _kept(path, partial(compute, group)).items():
+                parts[name].append(value)
         done(start + len(group))
-    tensors = {name: torch.cat(kept) for name, kept in parts.items()}
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def _kept(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file, in half precision; where it is missing or broken they are computed first."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        tensors = {name: value.half().cpu().contiguous() for name, value in compute().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Another run may read while this one writes.
     part = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(tensors, part)
     part.replace(path)
@@ -158,9 +177,3 @@ def _pixel_pairs(
             kept.append(torch.from_numpy(pictures[:, -1].reshape(len(group), -1)).half() / 255)
         done(start + len(group))
     return torch.cat(sources), torch.cat(targets)
-
-
-def _digest(clips: np.ndarray) -> str:
-    import zlib
-
-    return f"{zlib.crc32(clips.tobytes()):08x}"

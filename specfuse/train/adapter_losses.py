@@ -51,11 +51,11 @@ def _config(kind: str, pairs: Pairs) -> Any:
         wanted = "tokens [N, K] int64" if kind == "compression" else "features"
         raise ValueError(f"kind {kind!r} needs pairs whose target are {wanted}, got {pairs.target.dtype}")
     if kind == "compression":
-        if pairs.context is None or pairs.target_head is None:
-            raise ValueError("kind 'compression' needs pairs with context (text so far) and target_head")
+        if pairs.context is None or pairs.source_head is None:
+            raise ValueError("kind 'compression' needs pairs with context (text so far) and source_head")
         return CompressionDrafterConfig(
             features=source[-1],
-            vocab_size=len(pairs.target_head),
+            vocab_size=len(pairs.source_head),
             width=SMALL_WIDTH * 2,
             heads=2,
             horizon=width,

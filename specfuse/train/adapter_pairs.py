@@ -31,7 +31,7 @@ class Pairs:
         context: ``[N, M, C]`` tokens that a cross-attention aligner reads; for a compression drafter the
             last tokens of the text, ``[N, T]`` int64.
         rows: ``[N]`` int64, where several samples share one row of ``source``.
-        source_head: ``[V, I]``, the drafter's language-model head where ``source`` are its last states.
+        source_head: ``[V, I]``, the drafter's language-model head where ``source`` goes with it.
         target_head: ``[V, D]``, the target's.
         features: what these are, e.g. "pooled".
         about: one line about where they come from.
