@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from scripted_drafters import OracleDrafter
 from test_drafters import check_protocol
 from tiny_models import random_prompts, tiny_llama, tiny_qwen2, tiny_video_llava, video_inputs
@@ -18,7 +17,7 @@ from tiny_models import random_prompts, tiny_llama, tiny_qwen2, tiny_video_llava
 import specfuse
 from specfuse import CombinedDrafter, HeadDrafter, PromptLookupDrafter
 from specfuse.cli.main import run
-from specfuse.drafters import DraftHead, DraftState, HeadConfig, holds_head, root_only
+from specfuse.drafters import DraftHead, DraftState, HeadConfig, root_only
 from specfuse.models.checkpoint import load_video_llava
 from specfuse.session import VideoSession
 from specfuse.tree import TokenTree
@@ -66,7 +65,7 @@ def test_answers_are_those_of_generate(kind, batch):
     model = MODELS[kind](seed=5)
     inputs = inputs_for(model, batch)
     plain = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    drafter = Spy(head_for(model), model, min_prob=0.0, depth=3)
+    drafter = Spy(head_for(model), model, min_prob=0.0, level_prob=0.0, depth=3)
     fast = specfuse.generate(model, drafter, **inputs, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(plain, fast)
     assert any(tree.width > 1 for _, tree in drafter.seen)
@@ -134,7 +133,7 @@ def check_drafts(model, drafter: Spy, inputs, events=None) -> int:
 def test_drafts_are_what_the_definition_says(kind, batch, accepts):
     model = MODELS[kind](seed=6, eos=False)
     inputs = inputs_for(model, batch)
-    drafter = Spy(head_for(model), model, min_prob=0.0, depth=3)
+    drafter = Spy(head_for(model), model, min_prob=0.0, level_prob=0.0, depth=3)
     if accepts:
         plain = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
         right = plain[:, inputs["input_ids"].shape[1] :].tolist()
@@ -153,7 +152,7 @@ def test_only_tokens_of_the_shortlist_are_drafted(sampled):
     model = tiny_video_llava(seed=6, eos=False)
     inputs = video_inputs(model, 2)
     head = head_for(model, shortlist=30)
-    drafter = Spy(head, model, min_prob=0.0, depth=3)
+    drafter = Spy(head, model, min_prob=0.0, level_prob=0.0, depth=3)
     options = {**inputs, "max_new_tokens": NEW, "do_sample": sampled, "seed": 4}
     fast = specfuse.generate(model, drafter, max_nodes=12, **options)
     assert torch.equal(fast, specfuse.generate(model, None, **options))
@@ -230,6 +229,24 @@ def test_a_head_that_knows_the_answer_saves_passes(learned):
     assert generator.last_stats.tokens_per_pass > 1.5
 
 
+def test_a_level_is_drafted_where_it_is_likely_to_be_reached(learned):
+    """The tree ends behind the first level whose frontier is less likely to be reached than asked for."""
+    model, inputs, _, head = learned
+    depths = {}
+    for level_prob in (0.0, 0.5, 0.95):
+        drafter = Spy(head, model, min_prob=0.0, level_prob=level_prob, depth=5, branching=2)
+        specfuse.generate(model, drafter, max_nodes=60, **inputs, max_new_tokens=20, do_sample=False)
+        early = [tree for answers, tree in drafter.seen if len(answers[0]) < 14]
+        depths[level_prob] = [int(tree.depths().max()) for tree in early]
+        for _, tree in drafter.seen:
+            levels, chances = tree.depths()[0, : int(tree.num_nodes[0])], tree.probs[0]
+            for depth in range(1, int(levels.max())):
+                best = chances[: len(levels)][levels == depth].topk(2).values
+                assert float(best.sum()) >= level_prob - 1e-6
+    assert set(depths[0.0]) == {5} and max(depths[0.95]) > min(depths[0.95])
+    assert sum(depths[0.5]) >= sum(depths[0.95])
+
+
 def test_with_a_cached_clip_and_among_other_drafters(learned):
     model, inputs, plain, head = learned
     options = {**inputs, "max_new_tokens": 40, "do_sample": False}
@@ -250,7 +267,7 @@ def test_sampling(learned, batch):
     inputs = video_inputs(model, batch)
     options = {**inputs, "max_new_tokens": NEW, "do_sample": True, "seed": 3, "temperature": 0.8}
     plain = specfuse.generate(model, None, **options)
-    drafter = Spy(head, model, min_prob=0.0, depth=3)
+    drafter = Spy(head, model, min_prob=0.0, level_prob=0.0, depth=3)
     assert torch.equal(plain, specfuse.generate(model, drafter, **options))
 
 
@@ -285,91 +302,6 @@ def test_it_asks_for_states_and_rests_without():
     assert drafter.needs_target
     state = DraftState([[4, 5]], [[6]], [True], [9])
     assert torch.equal(drafter.propose(state, 8).tokens, root_only(state).tokens)
-
-
-# ---------------------------------------------------------------- files
-
-
-def test_files(learned, tmp_path: Path):
-    model, inputs, plain, head = learned
-    head.save_pretrained(tmp_path)
-    assert holds_head(tmp_path) and not holds_head(tmp_path.parent)
-    read = HeadDrafter.from_pretrained(tmp_path, model, depth=2)
-    for name, value in head.state_dict().items():
-        assert torch.equal(read.head.state_dict()[name], value.half().float()), name
-    assert read.depth == 2
-    fast = specfuse.generate(model, read, **inputs, max_new_tokens=40, do_sample=False)
-    assert torch.equal(fast, plain)
-
-
-def test_a_target_of_other_sizes_is_refused(learned, tmp_path: Path):
-    head = learned[3]
-    head.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="hidden size 64, this one has 32"):
-        HeadDrafter.from_pretrained(tmp_path, tiny_video_llava(hidden=32))
-    with pytest.raises(ValueError, match="vocabulary 128, this one has 96"):
-        HeadDrafter.from_pretrained(tmp_path, tiny_video_llava(vocab=96))
-
-
-def broken(directory: Path, how: str) -> None:
-    config, weights = directory / "config.json", directory / "model.safetensors"
-    values = json.loads(config.read_text())
-    if how == "cut":
-        weights.write_bytes(weights.read_bytes()[:500])
-    elif how == "gone":
-        weights.unlink()
-    elif how == "other sizes":
-        config.write_text(json.dumps(values | {"inner": 56}))
-    elif how == "bad tokens":
-        tensors = load_file(weights)
-        save_file(tensors | {"shortlist": torch.full((20,), 128)}, weights)
-    elif how == "bad size":
-        config.write_text(json.dumps(values | {"heads": 0}))
-    elif how == "long":
-        config.write_text(json.dumps(values | {"shortlist": 129}))
-    elif how == "odd heads":
-        config.write_text(json.dumps(values | {"heads": 5}))
-    elif how == "less":
-        config.write_text(json.dumps({k: v for k, v in values.items() if k != "inner"}))
-    elif how == "other kind":
-        config.write_text(json.dumps(values | {"model_type": "llama"}))
-    elif how == "no JSON":
-        config.write_text("{")
-
-
-@pytest.mark.parametrize(
-    ("how", "text"),
-    [
-        ("cut", "model.safetensors is broken or belongs to another config"),
-        ("gone", "no weights"),
-        ("other sizes", "model.safetensors is broken or belongs to another config"),
-        ("bad tokens", "shortlist must hold tokens from 0 to 127"),
-        ("long", "shortlist must be at most 128 tokens, got 129"),
-        ("bad size", "heads must be a number of at least 1, got 0"),
-        ("odd heads", "width must be a multiple of 2 [*] heads = 10, got 64"),
-        ("less", "lacks 'inner'"),
-        ("other kind", "holds a 'llama' model, not a draft head"),
-        ("no JSON", "is not valid JSON"),
-    ],
-)
-def test_broken_files_are_named(learned, tmp_path: Path, how: str, text: str):
-    head_for(learned[0], shortlist=20).save_pretrained(tmp_path)
-    broken(tmp_path, how)
-    with pytest.raises((ValueError, FileNotFoundError), match=text):
-        HeadDrafter.from_pretrained(tmp_path, learned[0])
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"depth": 0}, "depth and branching must be at least 1, got 0 and 4"),
-        ({"branching": 0}, "depth and branching"),
-        ({"min_prob": 1.0}, "min_prob must lie in"),
-    ],
-)
-def test_wrong_options_are_named(learned, options, text):
-    with pytest.raises(ValueError, match=text):
-        HeadDrafter(learned[3], learned[0], **options)
 
 
 def test_a_conversation_has_the_states_of_what_is_new(tiny_directory: Path):

@@ -29,12 +29,13 @@ class HeadDrafter(Drafter):
         target: the model that verifies; its embedding and its language-model head are used as they are.
         depth: levels of the tree at most.
         branching: nodes of a level that go on, and children of each.
-        min_prob: nodes less likely to be reached than this are left out, and a level without any other ends
-            the tree.
+        min_prob: nodes less likely to be reached than this are left out.
+        level_prob: a further level is drafted where the nodes that go on are reached with at least this
+            chance; below it, the level costs more time than it saves.
 
     Raises:
-        ValueError: ``depth`` or ``branching`` below 1, ``min_prob`` outside [0, 1), or a head that was made
-            for a target of another width or vocabulary.
+        ValueError: ``depth`` or ``branching`` below 1, ``min_prob`` or ``level_prob`` outside [0, 1), or a
+            head that was made for a target of another width or vocabulary.
     """
 
     needs_target = True
@@ -44,14 +45,16 @@ class HeadDrafter(Drafter):
         head: DraftHead,
         target: PreTrainedModel,
         *,
-        depth: int = 6,
-        branching: int = 4,
+        depth: int = 10,
+        branching: int = 3,
         min_prob: float = 0.03,
+        level_prob: float = 0.3,
     ):
         if depth < 1 or branching < 1:
             raise ValueError(f"depth and branching must be at least 1, got {depth} and {branching}")
-        if not 0.0 <= min_prob < 1.0:
-            raise ValueError(f"min_prob must lie in [0, 1), got {min_prob}")
+        for name, chance in (("min_prob", min_prob), ("level_prob", level_prob)):
+            if not 0.0 <= chance < 1.0:
+                raise ValueError(f"{name} must lie in [0, 1), got {chance}")
         check_fit(head, target)
         weight = head.from_token
         if (weight.device, weight.dtype) != (target.device, target.dtype):
@@ -61,7 +64,8 @@ class HeadDrafter(Drafter):
             embedding: Any = target.get_input_embeddings()
             self.token_inputs = head.token_inputs(embedding.weight)
             self.to_logits = head.logits_of(target.get_output_embeddings())
-        self.depth, self.branching, self.min_prob = depth, branching, min_prob
+        self.depth, self.branching = depth, branching
+        self.min_prob, self.level_prob = min_prob, level_prob
 
     @classmethod
     def from_pretrained(
@@ -86,8 +90,8 @@ class HeadDrafter(Drafter):
         hidden = context.catch_up(state)
         tree = HeadTree(state, self.branching, self.head)
         while True:
-            likeliest = tree.add_level(self.to_logits(hidden))
-            if tree.depth == levels or likeliest < self.min_prob:
+            chance = tree.add_level(self.to_logits(hidden))
+            if tree.depth == levels or chance < self.level_prob:
                 return tree.best(max_nodes, self.min_prob)
             above = tree.above[..., None].expand(-1, -1, hidden.shape[2])
             hidden = context.run_level(tree.tokens, hidden.gather(1, above), tree.depth)

@@ -39,7 +39,7 @@ class HeadTree:
         """Adds children of the frontier from its ``logits [B, k, n]``; the best of them are the new frontier.
 
         Returns:
-            The chance that the most probable new node of any row is reached.
+            The chance that the frontier of a row is reached, of the row that is likeliest to get there.
         """
         chances, tokens = logits.float().softmax(-1).topk(min(self.branching, logits.shape[2]))
         if self.shortlist is not None:
@@ -56,7 +56,7 @@ class HeadTree:
         self._levels.append((flat_tokens, flat, order))
         self.tokens, self.above = flat_tokens.gather(1, order), order // width
         self.depth += 1
-        return self._chances.max().item()
+        return self._chances.sum(1).max().item()
 
     def _picked(self, logits: Tensor, positions: Tensor) -> Tensor:
         if self.shortlist is not None:
