@@ -22,6 +22,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "plan": ("specfuse.cli.plan", "plan", "Should I speculate? Measure costs and drafts on a sample."),
     "doctor": ("specfuse.cli.doctor", "doctor", "Show versions, native code, backends; self-test every op."),
     "init-tiny": ("specfuse.cli.init_tiny", "init_tiny", "Write a tiny random Video-LLaVA directory."),
+    "convert-eventgpt": (
+        "specfuse.cli.convert_eventgpt",
+        "convert_eventgpt",
+        "Write an original EventGPT checkpoint for this package's class.",
+    ),
     "align": ("specfuse.cli.align", "align", "How close an adapter brings a drafter to its target."),
     "events": ("specfuse.cli.events", "events", "Look at, draw, convert and simulate event recordings."),
     "train": ("specfuse.cli.train", "train", "Train a small model on the driving world."),
