@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from specfuse.data.world import clip, events
 from specfuse.drafters.base import DraftState
 from specfuse.drafters.event import EventDrafter, check_same_tokens
 from specfuse.events import EventStream, render_eventgpt
+from specfuse.models.checkpoint import load_draft_model
 from specfuse.train.build import build_drafter, build_drafter_processor, build_model, build_processor
 from specfuse.train.drafter import drafter_preset
 from specfuse.train.presets import preset
@@ -148,3 +150,11 @@ def test_a_text_model_is_drafted_for(drafter: EventDrafter, stream: EventStream)
     prompt = random_prompts(model, 2)
     found = specfuse.generate(model, drafter, draft_inputs=drafter.see(stream), **prompt, **GREEDY)
     assert torch.equal(found, model.generate(**prompt, **GREEDY))
+
+
+def test_it_is_not_loaded_as_a_model_that_needs_no_events(drafter: EventDrafter, tmp_path: Path) -> None:
+    drafter.model.config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"holds an EventGPT: it drafts from events, with specfuse\.EventDrafter"
+    ):
+        load_draft_model(tmp_path)

@@ -65,11 +65,14 @@ def load_draft_model(
     """Loads any model that can draft: the class its config names, else the causal language model of its type.
 
     Raises:
-        FileNotFoundError, ValueError: as for :func:`load_video_llava`.
+        FileNotFoundError, ValueError: as for :func:`load_video_llava`, and for an EventGPT.
     """
     import transformers
 
-    names = read_config(directory).get("architectures") or []
+    config = read_config(directory)
+    if config.get("model_type") == "eventgpt":
+        raise ValueError(f"{directory} holds an EventGPT: it drafts from events, with specfuse.EventDrafter")
+    names = config.get("architectures") or []
     model_class = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
     if model_class is None or not model_class.can_generate():
         model_class = transformers.AutoModelForCausalLM
