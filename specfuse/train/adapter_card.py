@@ -42,6 +42,9 @@ PUBLISHED_NOTE = (
 )
 
 
+STYLES = {"before": "C0", "constant": "C7", "after": "C2"}
+
+
 def write_adapter_card(directory: Path, parameters: int, figures: dict[str, Any], command: str) -> None:
     """Writes ``README.md`` with the figures of ``align_report`` and of the training."""
     training = figures["training"]
@@ -138,8 +141,8 @@ def write_report_picture(path: Path, figures: dict[str, Any]) -> None:
     if (pyplot := _pyplot()) is None:
         raise ValueError("png needs matplotlib: pip install matplotlib")
     published = figures["published"]
-    lines = [(name, figures[name], "-") for name in ("before", "constant", "after")]
-    lines += [(f"published {name}", published[name], "--") for name in ("before", "after")]
+    lines = [(name, figures[name], style) for name, style in STYLES.items()]
+    lines += [(f"published {name}", published[name], STYLES[name] + "--") for name in ("before", "after")]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
     for name, values, style in lines:
         for axis, group in ((left, "accepted"), (right, "percentiles")):

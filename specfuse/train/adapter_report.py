@@ -117,10 +117,10 @@ def summary(figures: dict[str, Any]) -> dict[str, Any]:
     """The few figures of a report that one looks at first."""
     told = {name: figures[name] for name in ("kind", "features", "samples", "clips")}
     if "after" in figures:
-        told |= {name: figures[name]["mean"] for name in ("before", "constant", "after")}
-        told["after at 0.8"] = figures["after"]["accepted"][0.8]
-        told |= {f"{name}, centred": value for name, value in figures["centred"].items()}
-        told["rows as published"] = f"{sum(figures['at_least'].values())} of {len(figures['at_least'])}"
+        told["mean cosine"] = {name: figures[name]["mean"] for name in ("before", "constant", "after")}
+        told["mean centred"] = figures["centred"]
+        told["at least 0.8"] = figures["after"]["accepted"][0.8]
+        told["rows reached"] = f"{sum(figures['at_least'].values())} of {len(figures['at_least'])}"
     if "match" in figures.get("tokens", {}):
         told["same token"] = figures["tokens"]["match"]
     if "right_by_depth" in figures.get("tokens", {}):
