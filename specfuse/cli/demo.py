@@ -124,14 +124,9 @@ def _lines(result: DemoResult) -> list[RenderableType]:
 
     from specfuse.demo import SPECFUSE, SYSTEMS
 
-    table = Table("system")
-    for name in (
-        "tokens/s",
-        "tokens per pass",
-        "first token, 1st question",
-        "later questions",
-        "specfuse is",
-    ):
+    table = Table()
+    table.add_column("system", no_wrap=True)
+    for name in ("tokens/s", "tokens a pass", "first token", "later questions", "specfuse faster"):
         table.add_column(name, justify="right")
     for system in SYSTEMS:
         first, later = (result.first_token_seconds(system, later=turn) for turn in (False, True))
