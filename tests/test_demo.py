@@ -206,7 +206,7 @@ def test_json_alone_on_stdout(directory: Path, tmp_path: Path, capsys: pytest.Ca
     options = ["--clips", "1", "--questions", "2", "--model", str(directory), "--html", str(page)]
     assert run(["demo", *options, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["identical"] is True and printed["questions"] == 2
+    assert printed["identical"] is True and printed["questions"] == 2 and "1 thread," in printed["versions"]
     for key in ("speedup_vs_generate", "speedup_vs_prompt_lookup", "tokens_per_pass"):
         assert printed[key] > 0
     assert 0 < printed["ttft_second_question_ratio"] < 2

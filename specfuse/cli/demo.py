@@ -34,6 +34,7 @@ def demo(
     model: Path | None = typer.Option(None, help="Directory of another Video-LLaVA than the shipped one."),
     corpus: Path | None = typer.Option(None, help="Other remembered answers than the shipped ones."),
     head: Path | None = typer.Option(None, help="Draft from a head too: directory by `specfuse train head`."),
+    threads: int = typer.Option(1, help="Threads of torch; tiny matrices seldom gain by more.", min=1),
     json: bool = typer.Option(False, "--json", help="Print JSON, alone on stdout."),
 ) -> int:
     """Ask about held-out clips through model.generate, prompt lookup and specfuse; compare tokens, time."""
@@ -44,6 +45,9 @@ def demo(
         raise UserError(f"--html must be a file in an existing directory, got {str(html)!r}")
     console = Console(stderr=json)
     with working("loading", shown=not json):
+        import torch
+
+        torch.set_num_threads(threads)
         from specfuse.demo import Contest, choose, run_demo
 
         chosen = choose(clips, questions, seed)
