@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specfuse.models.checkpoint import load_draft_model
+from specfuse.models.checkpoint import load_eventgpt
 from specfuse.train.event_store import load_event_pictures
 from specfuse.train.head_batches import EventFeatures
 
@@ -36,14 +36,7 @@ def event_encoder(
         FileNotFoundError: no such directory.
         ValueError: another kind of model, or broken files.
     """
-    # Registers EventGPT's classes with transformers.
-    from specfuse.models.eventgpt import EventGptForConditionalGeneration
-    from specfuse.models.eventgpt_processor import EventGptProcessor
-
-    model = load_draft_model(directory, dtype=torch.float32, device=device)
-    if not isinstance(model, EventGptForConditionalGeneration):
-        raise ValueError(f"{directory} holds a {type(model).__name__}, an EventGPT is needed")
-    processor = EventGptProcessor.from_pretrained(directory, local_files_only=True)
+    model, processor = load_eventgpt(directory, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def features(clips: Sequence[int]) -> Tensor:
