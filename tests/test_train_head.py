@@ -320,7 +320,7 @@ def test_the_command_with_events(
     assert json.loads((out / "config.json").read_text())["event_width"] > 0
     assert "--target TARGET --events EVENTGPT" in (out / "README.md").read_text()
     assert run(["train", "head", *arguments, "--events", str(target), "--out", str(tmp_path / "other")]) == 2
-    assert "an EventGPT is needed" in capsys.readouterr().err
+    assert "not an 'eventgpt' one" in capsys.readouterr().err
 
 
 def test_the_command(cache: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
