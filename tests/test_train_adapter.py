@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -327,12 +328,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert run(train) == 2 and "is not empty" in capsys.readouterr().err
 
     report = ["align", "report", "--adapter", out, *pairs]
-    assert run([*report, "--json", "--png", str(tmp_path / "report.png")]) == 0
+    drawn, picture = importlib.util.find_spec("matplotlib") is not None, tmp_path / "report.png"
+    assert run([*report, "--png", str(picture)]) == (0 if drawn else 2)
+    assert picture.exists() == drawn and ("needs matplotlib" in capsys.readouterr().err) != drawn
+    assert run([*report, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert (
-        figures["after"]["mean"] == summary["mean cosine"]["after"]
-        and (tmp_path / "report.png").stat().st_size > 5_000
-    )
+    assert figures["after"]["mean"] == summary["mean cosine"]["after"]
     assert run(report) == 0
     shown = capsys.readouterr().out
     assert "cos >= 0.85" in shown and "0.8842" in shown and f"{figures['after']['mean']:.4f}" in shown
