@@ -54,7 +54,8 @@ def generate(
             the costs of passes measured on the way, none where none do.
         seed: for sampling: an int (row b uses ``seed + b``) or B ints. The same seed gives the same tokens
             with any drafter, None included. None draws one from torch's default generator.
-        draft_inputs: inputs for the drafter alone (its own prompt, its own pixels), where it takes any.
+        draft_inputs: inputs for the drafter alone (its own prompt, its own pixels), where it takes any: a row
+            for each prompt, which ``num_return_sequences`` repeats, or for each answer.
         evidence: per row, token ids of another model's answer to the same question, or None; a hint to
             drafters.
         **kwargs: everything ``model.generate`` takes: model inputs, ``generation_config`` and its fields,

@@ -74,7 +74,7 @@ class GenerationRun:
             remaining=self.answers.remaining(),
             visual_token_ids=visual_token_ids(self.model),
             inputs=self._inputs_for_drafters(request.get("pixels", {})),
-            draft_inputs=request["draft_inputs"],
+            draft_inputs=self._draft_inputs(request["draft_inputs"]),
             vocab_size=self.model.config.get_text_config(decoder=True).vocab_size,
             evidence=request["evidence"],
             choice=self.choice,
@@ -89,6 +89,21 @@ class GenerationRun:
             repeated = copies > 1 and values is not None and batch % copies == 0
             shared[name] = values.repeat_interleave(copies, dim=0) if repeated else values
         return {**shared, "attention_mask": self.prompt_mask}
+
+    def _draft_inputs(self, given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        if given is None:
+            return None
+        if not isinstance(given, Mapping):
+            raise ValueError(f"draft_inputs must map names to tensors, got {type(given).__name__}")
+        batch, copies = self.answers.input_ids.shape[0], self.config.num_return_sequences or 1
+
+        def repeated(values: Any) -> Any:
+            # What has one row for each prompt repeats with the prompts; what has all rows stays.
+            if copies > 1 and isinstance(values, Tensor) and values.dim() and len(values) * copies == batch:
+                return values.repeat_interleave(copies, dim=0)
+            return values
+
+        return {name: repeated(values) for name, values in given.items()}
 
     @property
     def root_positions(self) -> Tensor:

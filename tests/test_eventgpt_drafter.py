@@ -118,6 +118,22 @@ def test_fixed_inputs(drafter: EventDrafter, target: Any, stream: EventStream) -
     assert torch.equal(specfuse.generate(target, fixed, **inputs), target.generate(**inputs))
 
 
+def test_events_repeat_with_their_rows(drafter: EventDrafter, target: Any, stream: EventStream) -> None:
+    inputs = asked(target, QUESTION, QUESTION) | {"do_sample": True, "seed": 1, "num_return_sequences": 2}
+    fast = specfuse.generate(target, drafter, draft_inputs=drafter.see([stream] * 2), **inputs)
+    assert torch.equal(fast, specfuse.generate(target, None, **inputs))
+
+
+@pytest.mark.parametrize("how", ["list", "flat", "narrow", "few", "ids"])
+def test_wrong_events_are_named(drafter: EventDrafter, target: Any, stream: EventStream, how: str) -> None:
+    right = drafter.see(stream)["event_features"]
+    wrong = {"list": right.tolist(), "flat": right[0], "narrow": right[..., 1:], "few": right[:, :0]}
+    given = {"input_ids": [1, 2]} if how == "ids" else {"event_features": wrong[how]}
+    name = "input_ids" if how == "ids" else "event_features"
+    with pytest.raises(ValueError, match=rf"{name} must be a tensor \[B=1.* got "):
+        specfuse.generate(target, drafter, draft_inputs=given, **asked(target, QUESTION))
+
+
 def test_what_can_not_be_drafted_with(drafter: EventDrafter, target: Any, stream: EventStream) -> None:
     inputs = asked(target, QUESTION)
     with pytest.raises(ValueError, match=r"EventDrafter needs events: .* hold nothing"):

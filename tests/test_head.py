@@ -174,7 +174,28 @@ def test_events_come_before_the_text():
     assert check_drafts(model, drafter, inputs, events) > 5
 
 
-@pytest.mark.parametrize("features", [None, torch.zeros(1, 5, 24), torch.zeros(2, 5, 23), torch.zeros(2, 24)])
+def test_events_repeat_with_their_rows():
+    model = tiny_video_llava(seed=6, eos=False)
+    drafter = Spy(head_for(model, event_width=24), model, min_prob=0.0, depth=2)
+    events = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+    for rows, streams, copies in ((2, 1, 1), (1, 1, 3), (2, 2, 2), (1, 2, 2)):
+        inputs = video_inputs(model, rows)
+        options = {"max_new_tokens": 4, "do_sample": True, "seed": 3, "num_return_sequences": copies}
+        given = {"event_features": events[:streams]}
+        fast = specfuse.generate(model, drafter, **inputs, **options, draft_inputs=given)
+        assert torch.equal(fast, specfuse.generate(model, None, **inputs, **options))
+    two = {name: values.repeat(2, 1) for name, values in video_inputs(model, 1).items() if values.dim() == 2}
+    pixels = video_inputs(model, 1)["pixel_values_videos"].repeat(2, 1, 1, 1, 1)
+    greedy = {"max_new_tokens": 4, "do_sample": False, "draft_inputs": {"event_features": events[:1]}}
+    drafter.seen.clear()
+    specfuse.generate(model, drafter, **two, pixel_values_videos=pixels, **greedy)
+    first, second = drafter.seen[0][1].tokens.tolist()
+    assert first == second and len(first) > 3
+
+
+@pytest.mark.parametrize(
+    "features", [None, torch.zeros(3, 5, 24), torch.zeros(2, 5, 23), torch.zeros(2, 24), [[[0.0]]], "events"]
+)
 def test_wrong_events_are_named(features):
     model = tiny_video_llava(seed=6)
     drafter = HeadDrafter(head_for(model, event_width=24), model)
@@ -183,6 +204,41 @@ def test_wrong_events_are_named(features):
         specfuse.generate(
             model, drafter, **video_inputs(model, 2), max_new_tokens=6, draft_inputs=draft_inputs
         )
+
+
+def test_draft_inputs_have_names():
+    model = tiny_video_llava(seed=6)
+    drafter = HeadDrafter(head_for(model, event_width=24), model)
+    with pytest.raises(ValueError, match="draft_inputs must map names to tensors, got Tensor"):
+        specfuse.generate(model, drafter, **video_inputs(model, 1), draft_inputs=torch.zeros(1, 5, 24))
+
+
+@pytest.mark.parametrize(
+    "other, text",
+    [
+        ({"hidden": 32, "heads": 2}, "hidden size 64, this one has 32"),
+        ({"vocab": 300}, "vocabulary 128, this one has 300"),
+        ({"dtype": torch.bfloat16}, r"dtype torch.float32, this one has torch.bfloat16"),
+    ],
+)
+def test_it_drafts_for_targets_like_its_own(other, text):
+    model, another = tiny_llama(seed=1), tiny_llama(seed=2, **other)
+    drafter = HeadDrafter(head_for(model), model)
+    with pytest.raises(ValueError, match=text):
+        specfuse.generate(another, drafter, **random_prompts(another, 2), max_new_tokens=9, do_sample=False)
+    with pytest.raises(ValueError, match="head must be a DraftHead, got LlamaForCausalLM"):
+        HeadDrafter(model, model)
+
+
+def test_it_may_be_asked_twice():
+    model = tiny_llama(seed=1, eos=False)
+    inputs = random_prompts(model, 2)
+    drafter = HeadDrafter(head_for(model), model)
+    both = CombinedDrafter([drafter, drafter], min_gain=0)
+    options = {"max_new_tokens": 9, "do_sample": False}
+    assert torch.equal(
+        specfuse.generate(model, both, **inputs, **options), model.generate(**inputs, **options)
+    )
 
 
 def trained_on(model, inputs, answers: torch.Tensor, steps: int = 150) -> DraftHead:

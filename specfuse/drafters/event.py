@@ -78,6 +78,13 @@ class EventDrafter(ModelDrafter):
                     f"{sorted(given) or 'nothing'}"
                 )
             features = self.model.get_event_features(given["pixel_values_events"].to(self.model.device))
+        sizes = (self.model.config.event_tokens, self.model.config.text_config.hidden_size)
+        shape = tuple(features.shape) if isinstance(features, Tensor) else ()
+        if shape[1:] != sizes:
+            raise ValueError(
+                f"event_features must be a tensor [B={state.batch_size}, {sizes[0]}, {sizes[1]}], "
+                f"got {shape or type(features).__name__}"
+            )
         if len(features) == 1:
             features = features.expand(state.batch_size, -1, -1)
         if len(features) != state.batch_size:

@@ -34,8 +34,8 @@ class HeadDrafter(Drafter):
             chance; below it, the level costs more time than it saves.
 
     Raises:
-        ValueError: ``depth`` or ``branching`` below 1, ``min_prob`` or ``level_prob`` outside [0, 1), or a
-            head that was made for a target of another width or vocabulary.
+        ValueError: no DraftHead, ``depth`` or ``branching`` below 1, ``min_prob`` or ``level_prob`` outside
+            [0, 1), or a head that was made for a target of another width or vocabulary.
     """
 
     needs_target = True
@@ -55,6 +55,8 @@ class HeadDrafter(Drafter):
         for name, chance in (("min_prob", min_prob), ("level_prob", level_prob)):
             if not 0.0 <= chance < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1), got {chance}")
+        if not isinstance(head, DraftHead):
+            raise ValueError(f"head must be a DraftHead, got {type(head).__name__}")
         check_fit(head, target)
         weight = head.from_token
         if (weight.device, weight.dtype) != (target.device, target.dtype):
@@ -86,6 +88,7 @@ class HeadDrafter(Drafter):
             return root_only(state)
         context = state.memory.get(id(self))
         if context is None:
+            self._check_states(state)
             context = state.memory[id(self)] = HeadContext(self.head, self.token_inputs, state)
         hidden = context.catch_up(state)
         tree = HeadTree(state, self.branching, self.head)
@@ -95,6 +98,20 @@ class HeadDrafter(Drafter):
                 return tree.best(max_nodes, self.min_prob)
             above = tree.above[..., None].expand(-1, -1, hidden.shape[2])
             hidden = context.run_level(tree.tokens, hidden.gather(1, above), tree.depth)
+
+    def _check_states(self, state: DraftState) -> None:
+        """Raises ValueError for states of another target than the drafter was made for."""
+        states, (rows, width) = state.hidden[0][0], self.token_inputs.shape
+        for name, mine, its in (
+            ("hidden size", width, states.shape[2]),
+            ("vocabulary", rows, max(state.vocab_size or 0, rows)),
+            ("dtype", self.token_inputs.dtype, states.dtype),
+            ("device", self.token_inputs.device, states.device),
+        ):
+            if mine != its and not (name == "dtype" and torch.is_autocast_enabled(states.device.type)):
+                raise ValueError(
+                    f"HeadDrafter was made for a target with {name} {mine}, this one has {its}; make another"
+                )
 
 
 def check_fit(head: DraftHead, target: PreTrainedModel) -> None:

@@ -54,6 +54,7 @@ class HeadContext:
         self.valid: Tensor | None = None  # [B, used] bool; None: every row uses every slot
         self.read = 0  # entries of state.hidden
         self.given = [0] * self.batch  # tokens of each answer that came with them
+        self.last = token_inputs.new_zeros((self.batch, 1, width))  # x of each row's last position
 
     def catch_up(self, state: DraftState) -> Tensor:
         """Takes in what was emitted since the last call; returns g ``[B, 1, D]`` at each row's last token."""
@@ -66,7 +67,9 @@ class HeadContext:
             padded = [row + [0] * (longest - len(row)) for row in tokens]
             parts.append(_Part(self._input(torch.tensor(padded), states[:, :longest]), counts))
         self.read = len(state.hidden)
-        return self._look(self._append(parts), 0)
+        # Nothing is new where the drafter is asked twice between passes.
+        self.last = self._append(parts) if parts else self.last
+        return self._look(self.last, 0)
 
     def run_level(self, tokens: Tensor, hidden: Tensor, depth: int) -> Tensor:
         """Computes g ``[B, k, D]`` of drafted tokens ``[B, k]``; ``hidden`` is g of the nodes above them."""
@@ -81,10 +84,12 @@ class HeadContext:
         features = (state.draft_inputs or {}).get("event_features")
         if features is None:
             raise ValueError("the head was trained with events: pass draft_inputs={'event_features': ...}")
-        if features.dim() != 3 or features.shape[0] != self.batch or features.shape[2] != size:
-            shape = tuple(features.shape)
-            raise ValueError(f"event_features must be [B={self.batch}, K, {size}], got {shape}")
-        return [_Part(project(features.to(self.kv)), [features.shape[1]] * self.batch)]
+        shape = tuple(features.shape) if isinstance(features, Tensor) else ()
+        if len(shape) != 3 or shape[0] not in (1, self.batch) or shape[2] != size:
+            got = shape or type(features).__name__
+            raise ValueError(f"event_features must be a tensor [B={self.batch}, K, {size}], got {got}")
+        x = project(features.to(self.kv)).expand(self.batch, -1, -1)
+        return [_Part(x, [features.shape[1]] * self.batch)]
 
     def _prompt(self, state: DraftState) -> list[_Part]:
         """The prompt's text behind the last visual token, as far back as there are states of it."""

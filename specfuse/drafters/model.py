@@ -143,6 +143,9 @@ class _Draft:
 
     def __init__(self, model: PreTrainedModel, inputs: dict[str, Any], state: DraftState):
         ids, mask = inputs["input_ids"], inputs.pop("attention_mask", None)
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"the drafter's input_ids must be a tensor [B={state.batch_size}, P], got {got}")
         batch, length = ids.shape
         if batch != state.batch_size:
             raise ValueError(f"the drafter's inputs have {batch} rows, the target's {state.batch_size}")
