@@ -182,6 +182,14 @@ def test_finished_clips_are_not_asked_about_again(
     assert (remembered.directory / "answers.safetensors").read_bytes() == before
 
 
+def test_the_card_of_a_model_is_not_overwritten(remembered: CorpusSettings, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("a model's card")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        train_corpus(replace(remembered, directory=tmp_path))
+    assert (tmp_path / "README.md").read_text() == "a model's card"
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
 # ---------------------------------------------------------------- the real ones
 
 needs_target = pytest.mark.skipif(

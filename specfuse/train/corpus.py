@@ -60,8 +60,14 @@ def train_corpus(
         The figures in ``corpus.json``: clips, answers, tokens, bytes, and the digest of the target's weights.
 
     Raises:
+        FileExistsError: the directory holds files, but no corpus.
+        NotADirectoryError: the directory is a file.
         FileNotFoundError, ValueError: what ``load_video_llava`` and ``collect_outputs`` raise.
     """
+    # A corpus may be made again; the card of a model keeps its place.
+    held = {path.name for path in settings.directory.iterdir()} if settings.directory.exists() else set()
+    if held and CORPUS_FILE not in held:
+        raise FileExistsError(f"{settings.directory} is not empty, and holds no corpus")
     model, processor = load_video_llava(settings.target, dtype=torch.float32, device=settings.device)
     train = split("train")[: settings.preset.train_clips]
     count = min(CLIPS, len(train))
