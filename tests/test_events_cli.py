@@ -117,6 +117,10 @@ def test_a_still_video_makes_noise_alone(tmp_path: Path) -> None:
         (["info", "{a}", "--end-us", "5"], "no events between its beginning and 5 us"),
         (["render", "{a}", "--out", "{tmp}/png", "--size", "3x3"], "too small"),
         (["convert", "{a}", "{tmp}/b.raw"], "written as npz or hdf5"),
+        (["convert", "{a}", "{a}", "--end-us", "1000002000"], "OUT must be another file than FILE"),
+        (["convert", "{a}", "{tmp}/none/b.npz"], "OUT must be a file in an existing directory, got"),
+        (["simulate", "7", "--out", "{tmp}/none/b.npz"], "--out must be a file in an existing directory"),
+        (["simulate", "7", "--out", "{tmp}/b.npz", "--seed", "-1"], "--seed must be 0 or above, got -1"),
         (["simulate", "5208", "--out", "{tmp}/b.npz"], "clips 0 to 5207, got 5208"),
         (["simulate", "7", "--out", "{tmp}/b.npz", "--size", "8x9"], "must be a square, got 8x9"),
         (["simulate", "none.mp4", "--out", "{tmp}/b.npz"], "none.mp4: no such video file"),
@@ -127,9 +131,11 @@ def test_a_still_video_makes_noise_alone(tmp_path: Path) -> None:
 def test_mistakes(
     recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
+    before = recording.read_bytes()
     line = refused(capsys, "events", *(a.format(a=recording, tmp=tmp_path) for a in arguments))
     assert message in line
     assert not (tmp_path / "png").exists() and not list(tmp_path.glob("b.*"))
+    assert recording.read_bytes() == before
 
 
 def test_without_the_extra(

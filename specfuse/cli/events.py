@@ -90,6 +90,9 @@ def convert(
     """Write a recording, or a slice of it, in another format."""
     from specfuse.events import save
 
+    _check_out("OUT", out)
+    if out.exists() and out.samefile(file):
+        raise UserError(f"OUT must be another file than FILE, got {str(out)!r} for both")
     stream = _loaded(file, format, start_us, end_us, sensor)
     with _readable(), working(f"writing {out}"):
         save(out, stream, compress=compress)
@@ -116,6 +119,9 @@ def simulate(
     from specfuse.events import Sensor, save
     from specfuse.events.video import simulate_video
 
+    _check_out("--out", out)
+    if seed < 0:
+        raise UserError(f"--seed must be 0 or above, got {seed}")
     model = Sensor() if threshold is None else Sensor(threshold_on=threshold, threshold_off=threshold)
     pixels = _pixels(size)
     with _readable(), working("simulating"):
@@ -125,6 +131,12 @@ def simulate(
             stream = simulate_video(source, model, pixels, seconds, seed)
         save(out, stream)
     print(f"{out}: {len(stream):,} events in {stream.duration_us / 1e6:.3f} s")
+
+
+def _check_out(name: str, out: Path) -> None:
+    # Before the work is done, not after it.
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"{name} must be a file in an existing directory, got {str(out)!r}")
 
 
 def _world(index: int, pixels: tuple[int, int] | None, rate: int, sensor: Any) -> EventStream:
