@@ -30,6 +30,9 @@ def align(
     """Compare features of held-out clips with the target's, before and after an adapter."""
     if action != "report":
         raise UserError(f"ACTION must be report, got {action!r}")
+    # Before everything is measured, not after it.
+    if png is not None and (png.is_dir() or not png.parent.is_dir()):
+        raise UserError(f"--png must be a file in an existing directory, got {str(png)!r}")
     from transformers.utils import logging
 
     from specfuse.adapters import load_adapter
@@ -39,6 +42,7 @@ def align(
     from specfuse.train.adapter_source import open_pairs
     from specfuse.train.presets import preset as find
 
+    logging.set_verbosity_error()  # an error is one line alone
     logging.disable_progress_bar()
     device = str(pick_device(device))
     made = load_adapter(adapter).to(device)

@@ -154,7 +154,7 @@ def _adapter(request: Request, report: Report) -> dict[str, Any]:
         directory=request.out,
         kind=request.kind,
         loss=request.loss,
-        minutes=request.minutes or min(2.0, request.preset.minutes),
+        minutes=min(2.0, request.preset.minutes) if request.minutes is None else request.minutes,
         seed=request.seed,
         resume=request.resume,
         device=request.device,
@@ -243,6 +243,7 @@ def train(
         loss=loss,
         events=events,
     )
+    logging.set_verbosity_error()  # an error is one line alone
     logging.disable_progress_bar()
     run, hint = MODELS[model]
     with progress() as bars:
