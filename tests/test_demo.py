@@ -242,6 +242,7 @@ def test_other_tokens_are_a_failed_check(
         (["--nodes", "0"], "--nodes must be"),
         (["--clips", "2000"], "clips must be from 1 to 1042, got 2000"),
         (["--questions", "99"], "questions must be from 1 to 14, got 99"),
+        (["--seed", "-1"], "--seed must be 0 or above, got -1"),
         (["--html", "."], "--html must be a file in an existing directory, got '.'"),
         (["--html", "nowhere/demo.html"], "--html must be"),
         (["--model", "nowhere"], "nowhere: no such model directory"),

@@ -379,3 +379,8 @@ def test_the_command_takes_a_head(tiny_directory: Path, tmp_path: Path, capsys: 
     assert run(["generate", *map(str, arguments), str(tmp_path / "head")]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["compare"]["tokens_equal"] and report["drafted"] > 0
+    head_for(model, event_width=24).save_pretrained(tmp_path / "seeing")
+    assert run(["generate", *map(str, arguments), str(tmp_path / "seeing")]) == 2
+    told = capsys.readouterr()
+    assert f"--drafter {tmp_path / 'seeing'}: this head was trained with events" in told.err
+    assert not told.out and told.err.count("\n") == 1

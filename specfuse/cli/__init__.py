@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,19 @@ def pick_device(name: str) -> Any:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name!r} can not be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def load_head(option: str, directory: str | os.PathLike[str], target: Any) -> Any:
+    """The HeadDrafter in a directory; refused if it drafts from events, which a command line can not give."""
+    from specfuse.drafters import HeadDrafter
+
+    drafter = HeadDrafter.from_pretrained(directory, target)
+    if drafter.head.config.event_width:
+        raise UserError(
+            f"{option} {directory}: this head was trained with events; it drafts in Python only, from "
+            "draft_inputs={'event_features': ...}"
+        )
+    return drafter
 
 
 def parse_nodes(text: str) -> int | str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from specfuse.cli import UserError, parse_nodes, print_json, working
+from specfuse.cli import UserError, load_head, parse_nodes, print_json, working
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -43,6 +43,8 @@ def demo(
     max_nodes = parse_nodes(nodes)
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         raise UserError(f"--html must be a file in an existing directory, got {str(html)!r}")
+    if seed < 0:
+        raise UserError(f"--seed must be 0 or above, got {seed}")
     console = Console(stderr=json)
     with working("loading", shown=not json):
         import torch
@@ -83,7 +85,7 @@ def _load(directory: Path | None) -> tuple[Any, Any]:
 
 def _drafter(target: Any, shipped: bool, corpus: Path | None, head: Path | None) -> Drafter:
     from specfuse.data import miniature
-    from specfuse.drafters import CombinedDrafter, CorpusDrafter, HeadDrafter
+    from specfuse.drafters import CombinedDrafter, CorpusDrafter
 
     if corpus is not None:
         remembered = CorpusDrafter().load(corpus)
@@ -93,7 +95,7 @@ def _drafter(target: Any, shipped: bool, corpus: Path | None, head: Path | None)
         remembered = miniature.load_corpus() if known else CorpusDrafter()
     if head is None:
         return remembered
-    return CombinedDrafter([remembered, HeadDrafter.from_pretrained(head, target)])
+    return CombinedDrafter([remembered, load_head("--head", head, target)])
 
 
 def _versions() -> str:

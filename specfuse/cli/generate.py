@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from specfuse.cli import UserError, parse_nodes, pick_device, print_json, working
+from specfuse.cli import UserError, load_head, parse_nodes, pick_device, print_json, working
 
 if TYPE_CHECKING:
     from specfuse.drafters import Drafter
@@ -120,7 +120,6 @@ def _drafter_factory(name: str, corpus: Path | None, target: Any) -> Callable[[]
     from specfuse.drafters import (
         CombinedDrafter,
         CorpusDrafter,
-        HeadDrafter,
         ModelDrafter,
         PromptLookupDrafter,
         holds_head,
@@ -141,7 +140,7 @@ def _drafter_factory(name: str, corpus: Path | None, target: Any) -> Callable[[]
     if not Path(name).exists():
         raise UserError(f"--drafter must be auto, corpus, lookup, none or a model directory, got {name!r}")
     if holds_head(name):
-        head_drafter = HeadDrafter.from_pretrained(name, target)
+        head_drafter = load_head("--drafter", name, target)
         return lambda: head_drafter
     from specfuse.models.checkpoint import load_draft_model
 
