@@ -78,6 +78,7 @@ class GenerationRun:
             vocab_size=self.model.config.get_text_config(decoder=True).vocab_size,
             evidence=request["evidence"],
             choice=self.choice,
+            prompt_lengths=(self._first_root + 1).tolist(),
         )
 
     def _inputs_for_drafters(self, pixels: Mapping[str, Any]) -> dict[str, Any]:

@@ -274,3 +274,18 @@ def test_the_exact_distribution_sums_to_one():
     exact = exact_distribution(model, random_prompts(model, 1)["input_ids"][0].tolist(), warpers())
     assert abs(sum(exact.values()) - 1) < 1e-9
     assert all(0 <= token < 7 for token in itertools.chain.from_iterable(exact))
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_drafts_share_the_noise_behind_a_prompt_of_embeddings(with_ids):
+    model = tiny_llama(seed=1, eos=False)
+    inputs = random_prompts(model, 2)
+    embeds = {**inputs, "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach()}
+    if not with_ids:
+        del embeds["input_ids"]
+    drafter = ModelDrafter(model, inputs=inputs)
+    options = {"max_new_tokens": 24, "do_sample": True, "seed": 3}
+    fast = specfuse.generate(model, drafter, **embeds, **options, return_dict_in_generate=True)
+    assert torch.equal(fast.sequences, specfuse.generate(model, None, **embeds, **options))
+    # The target drafts for itself: every draft is its own choice.
+    assert fast.stats.tokens_per_pass == 6.0

@@ -35,6 +35,8 @@ class DraftState:
         hidden: for drafters with ``needs_target``, else empty: one entry per pass, states ``[B, m, D]`` and
             per row how many of them count. The j-th state of a row that counts is that of the token before
             ``answers[row][j]``.
+        prompt_lengths: per row, the prompt's tokens as the target's noise counts them, where ``prompts`` do
+            not say (a prompt of embeddings has no ids); None: their lengths.
         memory: private data a drafter keeps for the length of this call, keyed by the drafter object's id.
     """
 
@@ -50,6 +52,7 @@ class DraftState:
     choice: Any = None
     prompt_hidden: Tensor | None = None
     hidden: list[tuple[Tensor, list[int]]] = field(default_factory=list)
+    prompt_lengths: Sequence[int] | None = None
     memory: dict[int, Any] = field(default_factory=dict)
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specfuse.drafters.base import Drafter, DraftState, root_only
-from specfuse.drafters.same_noise import pick_alike, samples
+from specfuse.drafters.same_noise import pick_alike, prompt_lengths, samples
 from specfuse.tree import TokenTree
 from specfuse.tree_forward import TreeForward
 
@@ -158,7 +158,7 @@ class _Draft:
         self.prompt_lengths = (
             torch.full((batch,), length) if mask is None else mask.sum(dim=1).to("cpu", torch.int64)
         )
-        target_lengths = torch.tensor([len(prompt) for prompt in state.prompts])
+        target_lengths = prompt_lengths(state)
         self.offset = target_lengths - self.prompt_lengths
         self.root_positions = target_lengths - 1
         self.depth = 0

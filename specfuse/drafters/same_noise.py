@@ -14,10 +14,15 @@ def samples(state: DraftState) -> bool:
     return state.choice is not None and state.choice.temperature > 0 and state.choice.processors is None
 
 
+def prompt_lengths(state: DraftState) -> Tensor:
+    """``[B]`` int64 tokens of each prompt, as the target's noise counts."""
+    given = state.prompt_lengths
+    return torch.tensor([len(prompt) for prompt in state.prompts] if given is None else list(given))
+
+
 def root_positions(state: DraftState) -> Tensor:
     """``[B]`` int64 absolute position of each row's last committed token, as the target's noise counts."""
-    rows = zip(state.prompts, state.answers, strict=True)
-    return torch.tensor([len(prompt) + len(answer) - 1 for prompt, answer in rows])
+    return prompt_lengths(state) + torch.tensor([len(answer) - 1 for answer in state.answers])
 
 
 def pick_alike(state: DraftState, logits: Tensor, positions: Tensor) -> Tensor:
