@@ -223,6 +223,8 @@ def train(
     """Train a miniature model on the procedural driving world and measure it on held-out clips."""
     if model not in MODELS:
         raise UserError(f"MODEL must be one of {', '.join(MODELS)}, got {model!r}")
+    if seed < 0:
+        raise UserError(f"--seed must be 0 or above, got {seed}")
     from transformers.utils import logging
 
     from specfuse.train.presets import preset as find
