@@ -15,7 +15,7 @@ PACKAGE = ROOT / "specfuse"
 
 TOP_LEVEL = {
     *("setup.py", "pyproject.toml", "README.md", "LICENSE"),
-    *("csrc", "kernels", "specfuse", "benchmarks", "tests"),
+    *("csrc", "kernels", "specfuse", "benchmarks", "docs", "tests"),
 }
 
 # A module imports from its own rank or below. What is not named here is the engine between generate and ops.
@@ -194,3 +194,14 @@ def test_readme_marks_the_commands_that_ci_runs(mark: str, command: str) -> None
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(rf"<!-- ci:{mark} -->\s*```\w*\n(.*?)```", readme, re.DOTALL)
     assert len(blocks) == 1 and command in blocks[0]
+
+
+def test_every_page_of_the_documentation_is_linked_and_every_link_leads_somewhere() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    linked = set()
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
+            found = (page.parent / link).resolve()
+            assert found.exists(), f"{page.name} links to {link}, which is not there"
+            linked.add(found)
+    assert [page.name for page in pages if page not in linked] == []
