@@ -23,12 +23,14 @@ from specfuse.answers import Answers
 from specfuse.arguments import check_arguments, check_config, with_stop_strings
 from specfuse.drafters import Drafter, DraftState, resolve_drafter, root_only
 from specfuse.drafters.guard import checked, leave_out_finished, without_foreign_tokens
+from specfuse.drafters.scenes import check_takes_events
 from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
 from specfuse.stats import Clock, GenerationStats
 from specfuse.tree import TokenTree
 from specfuse.tree_size import LARGEST, TreeSize, costs_of
 from specfuse.verify import verify
+from specfuse.video_prompt import with_video
 
 
 def generate(
@@ -38,6 +40,7 @@ def generate(
     max_nodes: int | str = 32,
     seed: int | Sequence[int] | Tensor | None = None,
     draft_inputs: Mapping[str, Tensor] | None = None,
+    events: Any = None,
     evidence: Sequence[Sequence[int] | None] | None = None,
     **kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
@@ -56,10 +59,13 @@ def generate(
             with any drafter, None included. None draws one from torch's default generator.
         draft_inputs: inputs for the drafter alone (its own prompt, its own pixels), where it takes any: a row
             for each prompt, which ``num_return_sequences`` repeats, or for each answer.
+        events: what an event camera saw, for a drafter that takes events (:class:`EventDrafter`): an
+            EventStream, the path of an event file, a list with one for each row, or what ``see`` returned.
         evidence: per row, token ids of another model's answer to the same question, or None; a hint to
             drafters.
         **kwargs: everything ``model.generate`` takes: model inputs, ``generation_config`` and its fields,
-            logits processors, stopping criteria, ``streamer``, ``tokenizer`` ...
+            logits processors, stopping criteria, ``streamer``, ``tokenizer`` ...; or, instead of model
+            inputs, ``video`` (a path, or frames), ``question`` and ``processor`` of a Video-LLaVA.
 
     Returns:
         ``[B, P + T]`` int64 sequences, or a ``GenerateDecoderOnlyOutput`` with
@@ -71,7 +77,9 @@ def generate(
             ban every token), or +inf when sampling.
     """
     generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes)
-    return generator.generate(seed=seed, draft_inputs=draft_inputs, evidence=evidence, **kwargs)
+    return generator.generate(
+        seed=seed, draft_inputs=draft_inputs, events=events, evidence=evidence, **kwargs
+    )
 
 
 def custom_generate(
@@ -80,6 +88,7 @@ def custom_generate(
     max_nodes: int | str = 32,
     seed: int | Sequence[int] | Tensor | None = None,
     draft_inputs: Mapping[str, Tensor] | None = None,
+    events: Any = None,
     evidence: Sequence[Sequence[int] | None] | None = None,
     streamer: Any = None,
 ) -> Callable[..., GenerateDecoderOnlyOutput | Tensor]:
@@ -93,7 +102,8 @@ def custom_generate(
         model: PreTrainedModel, input_ids: Tensor, **prepared: Any
     ) -> GenerateDecoderOnlyOutput | Tensor:
         generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes)
-        request = {"seed": seed, "draft_inputs": draft_inputs, "evidence": evidence, "streamer": streamer}
+        request = {"seed": seed, "draft_inputs": draft_inputs, "events": events}
+        request |= {"evidence": evidence, "streamer": streamer}
         return generator._decode(model, input_ids, request, **prepared)
 
     return decode
@@ -108,6 +118,7 @@ class SpeculativeGenerator:
 
     Attributes:
         last_stats: :class:`GenerationStats` of the last finished call.
+        encoded_pixels: pixels behind a prompt whose ``past_key_values`` hold them already, for draft models.
     """
 
     def __init__(
@@ -120,6 +131,7 @@ class SpeculativeGenerator:
         self.sizes_itself = max_nodes == "auto"
         self.max_nodes = LARGEST if isinstance(max_nodes, str) else max_nodes
         self.last_stats: GenerationStats | None = None
+        self.encoded_pixels: Mapping[str, Tensor] = {}
 
     def generate(
         self,
@@ -127,16 +139,19 @@ class SpeculativeGenerator:
         *,
         seed: int | Sequence[int] | Tensor | None = None,
         draft_inputs: Mapping[str, Tensor] | None = None,
+        events: Any = None,
         evidence: Sequence[Sequence[int] | None] | None = None,
         **kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """See :func:`generate`."""
         check_arguments(kwargs)
         streamer = kwargs.pop("streamer", None)
-        kwargs = with_stop_strings(self.model, kwargs)
-        request = {"seed": seed, "draft_inputs": draft_inputs, "evidence": evidence, "streamer": streamer}
+        kwargs = with_stop_strings(self.model, with_video(self.model, inputs, kwargs))
+        request = {"seed": seed, "draft_inputs": draft_inputs, "events": events}
+        request |= {"evidence": evidence, "streamer": streamer}
         # Since 5.18 the loop is handed encoded pixels only; a draft model needs the pixels themselves.
-        request["pixels"] = {name: x for name, x in kwargs.items() if name.startswith("pixel_values")}
+        shown = {name: x for name, x in kwargs.items() if name.startswith("pixel_values")}
+        request["pixels"] = {**self.encoded_pixels, **shown}
         decode = functools.partial(_hand_over, generator=self, request=request)
         return self.model.generate(inputs, custom_generate=decode, **kwargs)
 
@@ -153,6 +168,7 @@ class SpeculativeGenerator:
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         check_config(generation_config)
+        check_takes_events(self.drafter, request["events"])
         clock, stats = Clock(), GenerationStats()
         answers = Answers(input_ids, stopping_criteria, generation_config, request["streamer"])
         run = GenerationRun(

@@ -14,6 +14,7 @@ from specfuse.answers import Answers
 from specfuse.arguments import row_seeds
 from specfuse.drafters import DraftState, root_only
 from specfuse.drafters.guard import leave_out_finished
+from specfuse.drafters.scenes import rows_of_events
 from specfuse.stats import GenerationStats
 from specfuse.tree import TokenTree
 from specfuse.tree_forward import MAX_MASKED_PREFILL, TreeForward
@@ -67,6 +68,8 @@ class GenerationRun:
         if self.prompt_mask is not None and self.inputs.get("inputs_embeds") is None:
             rows = zip(prompts, self.prompt_mask.tolist(), strict=True)
             prompts = [[t for t, kept in zip(ids, mask, strict=True) if kept] for ids, mask in rows]
+        copies = self.config.num_return_sequences or 1
+        events = rows_of_events(request["events"], len(prompts), copies)
         return DraftState(
             prompts=prompts,
             answers=self.answers.answers,
@@ -74,7 +77,8 @@ class GenerationRun:
             remaining=self.answers.remaining(),
             visual_token_ids=visual_token_ids(self.model),
             inputs=self._inputs_for_drafters(request.get("pixels", {})),
-            draft_inputs=self._draft_inputs(request["draft_inputs"]),
+            draft_inputs=self._draft_inputs("draft_inputs", request["draft_inputs"]),
+            events=self._draft_inputs("events", events) if isinstance(events, Mapping) else events,
             vocab_size=self.model.config.get_text_config(decoder=True).vocab_size,
             evidence=request["evidence"],
             choice=self.choice,
@@ -91,11 +95,11 @@ class GenerationRun:
             shared[name] = values.repeat_interleave(copies, dim=0) if repeated else values
         return {**shared, "attention_mask": self.prompt_mask}
 
-    def _draft_inputs(self, given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    def _draft_inputs(self, name: str, given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         if given is None:
             return None
         if not isinstance(given, Mapping):
-            raise ValueError(f"draft_inputs must map names to tensors, got {type(given).__name__}")
+            raise ValueError(f"{name} must map names to tensors, got {type(given).__name__}")
         batch, copies = self.answers.input_ids.shape[0], self.config.num_return_sequences or 1
 
         def repeated(values: Any) -> Any:

@@ -19,16 +19,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from specfuse.data.video import read_video
 from specfuse.drafters import Drafter
-from specfuse.generate import generate
+from specfuse.generate import SpeculativeGenerator
 from specfuse.models import adapter_for
 from specfuse.prefix_kv import LayerKV
 from specfuse.stats import GenerationStats
-
-FIRST_TURN = "USER: <video>\n{question} ASSISTANT:"
-NEXT_TURN = " USER: {question} ASSISTANT:"
-"""The prompt format Video-LLaVA was trained on (Vicuna's), without its optional system sentence."""
+from specfuse.video_prompt import FIRST_TURN, NEXT_TURN, load_frames
 
 _RESERVED = {
     "inputs",
@@ -38,6 +34,9 @@ _RESERVED = {
     "position_ids",
     "past_key_values",
     "return_dict_in_generate",
+    "video",
+    "processor",
+    "question",
 }
 
 
@@ -76,6 +75,7 @@ class VideoSession:
         drafter: as for `specfuse.generate`.
         max_nodes: as for `specfuse.generate`.
         num_frames: T when `video` is a path; frames are spread evenly.
+        events: what an event camera saw of it, for a drafter that takes events; as for `specfuse.generate`.
         first_turn: template of the first prompt; holds `<video>` and `{question}`.
         next_turn: template of what follows an answer; holds `{question}`.
 
@@ -94,6 +94,7 @@ class VideoSession:
         max_nodes: int | str = 32,
         *,
         num_frames: int = 8,
+        events: Any = None,
         first_turn: str = FIRST_TURN,
         next_turn: str = NEXT_TURN,
     ):
@@ -102,6 +103,7 @@ class VideoSession:
         self.processor = processor
         self.drafter = drafter
         self.max_nodes = max_nodes
+        self.events = events
         self.first_turn, self.next_turn = first_turn, next_turn
         self.history: tuple[tuple[str, Answer], ...] = ()
         self._video = _EncodedVideo(model, load_frames(video, num_frames))
@@ -128,15 +130,14 @@ class VideoSession:
             kv = self._video.prefix_kv(ids, pixels)
         else:
             ids, kv = self._next_prompt(self._ids, question), self._kv
-        output: Any = generate(
-            self.model,
-            self.drafter,
-            max_nodes=self.max_nodes,
+        generator = SpeculativeGenerator(self.model, self.drafter, max_nodes=self.max_nodes)
+        generator.encoded_pixels = self._video.pixels
+        output: Any = generator.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=_as_cache(kv),
             return_dict_in_generate=True,
-            **generate_kwargs,
+            **{"events": self.events, **generate_kwargs},
         )
         tokens = output.sequences[0, ids.shape[1] :].tolist()
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -195,9 +196,11 @@ class _EncodedVideo:
         self._lock = threading.Lock()
         self._prefix: Tensor | None = None
         self._kv: LayerKV = {}
+        self.pixels: dict[str, Tensor] = {}
 
     def prefix_kv(self, ids: Tensor, pixels: dict[str, Tensor]) -> LayerKV:
         """KV of `ids` [1, S] up to the last visual token, computed at the first call."""
+        self.pixels = pixels
         visual = torch.isin(ids[0], torch.tensor(self.visual_ids, device=ids.device)).nonzero()
         end = int(visual.max()) + 1
         with self._lock:
@@ -216,31 +219,6 @@ class _EncodedVideo:
                     )
                 self._prefix, self._kv = ids[:, :end], _first_slots(output.past_key_values, end)
             return self._kv
-
-
-def load_frames(video: Any, num_frames: int = 8) -> np.ndarray:
-    """Frames of a video as uint8 RGB [T, H, W, 3].
-
-    Args:
-        video: as for `VideoSession`.
-        num_frames: T when `video` is a path.
-
-    Raises:
-        ValueError: another shape or dtype.
-    """
-    if isinstance(video, str | os.PathLike):
-        return read_video(video, num_frames)
-    if isinstance(video, list | tuple):
-        if not video:
-            raise ValueError("video must hold at least one frame, got an empty list")
-        shapes = {np.asarray(frame).shape for frame in video}
-        if len(shapes) > 1:
-            raise ValueError(f"video: all frames must have one shape, got {sorted(shapes)}")
-        video = np.stack([np.asarray(frame) for frame in video])
-    frames = video.cpu().numpy() if isinstance(video, Tensor) else np.asarray(video)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape or frames.dtype != np.uint8:
-        raise ValueError(f"video must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
-    return frames
 
 
 def _check_templates(first_turn: str, next_turn: str) -> None:

@@ -286,7 +286,7 @@ def test_model_drafter_inputs_must_fit():
     state = state_of([[1], [1]], inputs={"input_ids": torch.tensor([[1], [1]])})
     with pytest.raises(ValueError, match="the drafter's inputs have 1 rows, the target's 2"):
         ModelDrafter(tiny_llama(), inputs={"input_ids": torch.tensor([[1]])}).propose(state, 4)
-    with pytest.raises(ValueError, match=r"draft_inputs must hold input_ids, got \['pixels'\]"):
+    with pytest.raises(ValueError, match=r"draft_inputs must hold input_ids or pixels, got \['pixels'\]"):
         state.draft_inputs = {"pixels": torch.zeros(1)}
         ModelDrafter(tiny_llama()).propose(state, 4)
 

@@ -140,7 +140,7 @@ def test_what_can_not_be_drafted_with(drafter: EventDrafter, target: Any, stream
         specfuse.generate(target, drafter, **inputs)
     with pytest.raises(ValueError, match=r"hold \['pixels'\]"):
         specfuse.generate(target, drafter, draft_inputs={"pixels": torch.zeros(1)}, **inputs)
-    with pytest.raises(ValueError, match="draft_inputs hold 3 streams for 1 rows"):
+    with pytest.raises(ValueError, match="events hold 3 streams for 1 rows"):
         specfuse.generate(target, drafter, draft_inputs=drafter.see([stream] * 3), **inputs)
     with pytest.raises(ValueError, match="either events or event_images"):
         drafter.see()

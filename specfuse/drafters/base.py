@@ -24,6 +24,8 @@ class DraftState:
         visual_token_ids: placeholder ids that stand for pixels in the prompt; they carry no text.
         inputs: the target's own inputs (``input_ids``, ``attention_mask``, pixel values ...).
         draft_inputs: inputs meant for the drafter alone, where the caller gave some; else None.
+        events: for drafters with ``takes_events``: per row an EventStream or the path of an event file, or a
+            mapping that a drafter's ``see`` made; None where the caller gave none.
         vocab_size: the target's vocabulary; ids at or above it can never be accepted.
         evidence: per row, another model's answer to the same question, or None.
         choice: how the target picks tokens (a ``specfuse.verify.TokenChoice``), or None; a drafter with
@@ -47,6 +49,7 @@ class DraftState:
     visual_token_ids: frozenset[int] = frozenset()
     inputs: Mapping[str, Any] = field(default_factory=dict)
     draft_inputs: Mapping[str, Tensor] | None = None
+    events: Sequence[Any] | Mapping[str, Tensor] | None = None
     vocab_size: int | None = None
     evidence: Sequence[Sequence[int] | None] | None = None
     choice: Any = None
@@ -79,6 +82,9 @@ class Drafter:
 
     needs_target: bool = False
     """True for a drafter that reads the target's hidden states: it gets them, and no first tree."""
+
+    takes_events: bool = False
+    """True for a drafter that reads ``state.events``; a call's ``events=`` is refused where none does."""
 
     @property
     def drafts_first(self) -> bool:

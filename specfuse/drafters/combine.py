@@ -47,6 +47,7 @@ class CombinedDrafter(Drafter):
             raise ValueError(f"min_gain must not be negative, got {min_gain}")
         self.drafters, self.min_prob, self.min_gain = list(drafters), min_prob, min_gain
         self.needs_target = any(drafter.needs_target for drafter in drafters)
+        self.takes_events = any(drafter.takes_events for drafter in drafters)
         self.calibrations = [_Calibration() for _ in drafters]
 
     @property

@@ -21,8 +21,7 @@ class HeadDrafter(Drafter):
 
     Every level of the tree is one pass of the head's one layer over the ``branching`` most probable nodes of
     the level before. The head looks back to the text behind the video, and to the events where it was trained
-    with them (``draft_inputs={"event_features": [B, K, D]}``). Under sampling it picks with the target's own
-    noise.
+    with them (``events=EventDrafter.see(...)``). Under sampling it picks with the target's own noise.
 
     Args:
         head: trained for this target.
@@ -61,7 +60,7 @@ class HeadDrafter(Drafter):
         weight = head.from_token
         if (weight.device, weight.dtype) != (target.device, target.dtype):
             head = copy.deepcopy(head).to(target.device, target.dtype)
-        self.head = head
+        self.head, self.takes_events = head, bool(head.config.event_width)
         with torch.no_grad():
             embedding: Any = target.get_input_embeddings()
             self.token_inputs = head.token_inputs(embedding.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -81,9 +82,13 @@ class HeadContext:
         size, project = self.head.config.event_width, self.head.events
         if project is None:
             return []
-        features = (state.draft_inputs or {}).get("event_features")
+        given = state.events if isinstance(state.events, Mapping) else state.draft_inputs
+        features = (given or {}).get("event_features")
         if features is None:
-            raise ValueError("the head was trained with events: pass draft_inputs={'event_features': ...}")
+            raise ValueError(
+                "the head was trained with events: pass their features, events=EventDrafter.see(...) or "
+                "draft_inputs={'event_features': ...}"
+            )
         shape = tuple(features.shape) if isinstance(features, Tensor) else ()
         if len(shape) != 3 or shape[0] not in (1, self.batch) or shape[2] != size:
             got = shape or type(features).__name__

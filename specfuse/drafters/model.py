@@ -16,13 +16,16 @@ from specfuse.tree import TokenTree
 from specfuse.tree_forward import TreeForward
 
 _RESERVED_ANSWER = 1024
+_EVENTS = ("event_", "pixel_values_events")
+"""What the names of a call's inputs for an EventDrafter, or a head with events, begin with."""
 
 
 class ModelDrafter(Drafter):
     """Drafts with a smaller model that shares the target's vocabulary.
 
     The model sees its own inputs where there are some (``inputs`` here, or ``draft_inputs=`` of the call),
-    else the target's, pixels included: a video language model drafting for another one sees the video. A
+    else the target's, pixels included: a video language model drafting for another one sees the video. Own
+    pixels without ``input_ids`` go with the target's prompt. A
     text-only model gets the prompt without the placeholders of the video. Under sampling it picks with the
     target's own noise, so a good draft model agrees with the target as often as the two distributions allow.
 
@@ -79,14 +82,15 @@ class ModelDrafter(Drafter):
             ValueError: there are none that it understands.
         """
         accepted = inspect.signature(self.model.forward).parameters
-        own = state.draft_inputs if state.draft_inputs is not None else self.inputs
-        if own is not None:
-            if "input_ids" not in own:
-                raise ValueError(f"draft_inputs must hold input_ids, got {sorted(own)}")
-            return dict(own)
+        own = (state.draft_inputs if state.draft_inputs is not None else self.inputs) or {}
+        if "input_ids" in own:
+            return {name: value for name, value in own.items() if not name.startswith(_EVENTS)}
+        if unknown := sorted(name for name in own if not name.startswith((*_EVENTS, "pixel_values"))):
+            raise ValueError(f"draft_inputs must hold input_ids or pixels, got {unknown}")
         takes_pixels = any(name.startswith("pixel_values") for name in accepted)
         shown = any(token in state.visual_token_ids for prompt in state.prompts for token in prompt)
-        given = any(name.startswith("pixel_values") and v is not None for name, v in state.inputs.items())
+        inputs = {**state.inputs, **{name: value for name, value in own.items() if name in accepted}}
+        given = any(name.startswith("pixel_values") and v is not None for name, v in inputs.items())
         if takes_pixels and shown and not given:
             raise ValueError(
                 "the draft model needs pixels and the call has only encoded ones: pass draft_inputs=..., or "
@@ -97,7 +101,7 @@ class ModelDrafter(Drafter):
                 "the prompt is given as embeddings: the draft model needs draft_inputs=... of its own"
             )
         if takes_pixels or not shown:
-            shared = {k: v for k, v in state.inputs.items() if k in accepted and v is not None}
+            shared = {k: v for k, v in inputs.items() if k in accepted and v is not None}
             shared.pop("inputs_embeds", None)
             return shared | {"input_ids": state.inputs["input_ids"]}
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
