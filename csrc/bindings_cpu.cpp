@@ -12,6 +12,7 @@
 
 void bind_compact_kv_table(pybind11::module_& module);
 void bind_corpus_index(pybind11::module_& module);
+void bind_step(pybind11::module_& module);
 
 using namespace specfuse::bindings;
 
@@ -96,4 +97,5 @@ PYBIND11_MODULE(_C_cpu, module) {
   module.def("noise_words", &noise_words);
   bind_compact_kv_table(module);
   bind_corpus_index(module);
+  bind_step(module);
 }

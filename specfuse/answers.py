@@ -84,6 +84,8 @@ class Answers:
         A row takes them up to where it finishes, a finished one that runs on (see ``running``) up to
         ``width``.
         """
+        if tokens and not self.finished[row] and not len(self.others):
+            return self._append_plain(row, tokens)
         for count, token in enumerate(tokens, start=1):
             self.answers[row].append(token)
             if self.finished[row]:
@@ -93,6 +95,18 @@ class Answers:
                 self.finished[row] = True
                 return count
         return len(tokens)
+
+    def _append_plain(self, row: int, tokens: list[int]) -> int:
+        """``append`` where only the maximum length and end-of-sequence ids can finish the row."""
+        answer = self.answers[row]
+        # A row that is still running takes a token, whatever the maximum length says.
+        room = max(self.max_length - len(self.prompts[row]) - len(answer), 1)
+        count = min(len(tokens), room)
+        if not self.eos.isdisjoint(tokens):
+            count = min(count, 1 + next(i for i, token in enumerate(tokens) if token in self.eos))
+        answer += tokens[:count]
+        self.finished[row] = count == room or answer[-1] in self.eos
+        return count
 
     def _finishes(self, row: int, token: int) -> bool:
         length = len(self.prompts[row]) + len(self.answers[row])

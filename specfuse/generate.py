@@ -29,7 +29,6 @@ from specfuse.run import GenerationRun
 from specfuse.stats import Clock, GenerationStats
 from specfuse.tree import TokenTree
 from specfuse.tree_size import LARGEST, TreeSize, costs_of
-from specfuse.verify import verify
 from specfuse.video_prompt import with_video
 
 
@@ -180,25 +179,20 @@ class SpeculativeGenerator:
         drafts_first = self.drafter is None or self.drafter.drafts_first
         tree = self._propose(run.state, pace) if drafts_first else root_only(run.state)
         stats.draft_ms += clock.lap()
-        logits, tree = run.prefill(tree)
-        verified = verify(logits, tree, run.choice, run.root_positions, run.sequences())
-        committed = run.read(verified)
+        tree, verified, committed = run.first_step(tree)
         stats.prefill_ms += clock.lap()
         while True:
             kept = run.emit(tree, verified, *committed, stats)
             run.target.commit(verified.accepted.path, verified.accepted.length, kept)
             stats.commit_ms += clock.lap()
-            if not any(answers.running):
+            if not any(run.state.active):
                 break
             if pace.asked:
                 accepted = [length - 1 for length in committed[1] if length]
                 pace.learn(sum(accepted), tree.width - 1, len(accepted), stats)
             tree = self._propose(run.state, pace)
             stats.draft_ms += clock.lap()
-            positions = run.root_positions
-            logits = run.target.forward_tree(tree, run.root_ids)
-            verified = verify(logits, tree, run.choice, positions, run.sequences())
-            committed = run.read(verified)
+            verified, committed = run.step(tree)
             stats.verify_ms += clock.lap()
         self._learn(run.state)
         stats.commit_ms += clock.lap()

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from specfuse.ops import native
 from specfuse.ops.compact_kv import compact_kv
 
 
@@ -53,12 +54,30 @@ class TreeCacheLayer(CacheLayerMixin):
         if not self.cache.ragged:
             self.keys.narrow(2, end - count, count).copy_(key_states)
             self.values.narrow(2, end - count, count).copy_(value_states)
-        else:
+        elif not self._write_rows(key_states, value_states):
             row, slot = self.cache.slots(self.pending, count)
             self.keys[row, :, slot] = key_states.transpose(1, 2)
             self.values[row, :, slot] = value_states.transpose(1, 2)
         self.pending += count
         return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+
+    def _write_rows(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Writes ragged rows on the CPU by memcpy; False where PyTorch has to do it."""
+        lengths, new = self.cache.lengths, (key_states, value_states)
+        batch, heads, count, dim = key_states.shape
+        if native.step is None or not key_states.is_cpu or batch != len(lengths):
+            return False
+        copies, strides = [], []
+        for states, buffer in zip(new, (self.keys, self.values), strict=True):
+            b, g, s, d = states.stride()
+            if (d != 1 and dim > 1) or states.shape[3] != dim or states.dtype is not buffer.dtype:
+                return False
+            copies.append((states.data_ptr(), buffer.data_ptr()))
+            size = states.element_size()
+            strides.append([step * size for step in (b, g, s, *buffer.stride()[:3])])
+        starts = [length + self.pending for length in lengths]
+        native.step.write_rows(copies, strides, (batch, heads, count, dim * size), starts)
+        return True
 
     def _grow(self, needed: int) -> None:
         # Doubling keeps the copies rare when the answer outgrows what was reserved for it.

@@ -18,10 +18,13 @@ from specfuse.drafters.scenes import rows_of_events
 from specfuse.stats import GenerationStats
 from specfuse.tree import TokenTree
 from specfuse.tree_forward import MAX_MASKED_PREFILL, TreeForward
-from specfuse.verify import TokenChoice, Verified, check_distributions
+from specfuse.verify import TokenChoice, Verified, check_distributions, verify
 
 # Slots reserved for the answer at first; longer answers grow the cache by doubling.
 RESERVED_ANSWER = 1024
+
+Committed = tuple[list[list[int]], list[int], list[int]]
+"""A pass on the host: per row the visited nodes, how many they are, and the token behind them."""
 
 
 class GenerationRun:
@@ -118,12 +121,29 @@ class GenerationRun:
     @property
     def root_ids(self) -> Tensor:
         """[B] position id of each row's last committed token, as the model counts."""
-        return self._first_id + torch.tensor([len(answer) for answer in self.answers.answers])
+        return self._ids(self.root_positions)
+
+    def _ids(self, positions: Tensor) -> Tensor:
+        same = self._first_id is self._first_root
+        return positions if same else positions + (self._first_id - self._first_root)
 
     def sequences(self) -> list[list[int]]:
         if self.choice.processors is None:
             return []
         return [self.answers.sequence(row) for row in range(len(self.answers.prompts))]
+
+    def first_step(self, tree: TokenTree) -> tuple[TokenTree, Verified, Committed]:
+        """The prompt's pass; returns the tree it carried and what was decided."""
+        logits, tree = self.prefill(tree)
+        verified = verify(logits, tree, self.choice, self.root_positions, self.sequences())
+        return tree, verified, self.read(verified)
+
+    def step(self, tree: TokenTree) -> tuple[Verified, Committed]:
+        """One pass over the tree, and what was decided, on the device and on the host."""
+        positions = self.root_positions
+        logits = self.target.forward_tree(tree, self._ids(positions))
+        verified = verify(logits, tree, self.choice, positions, self.sequences())
+        return verified, self.read(verified)
 
     def prefill(self, tree: TokenTree) -> tuple[Tensor, TokenTree]:
         """The first pass; returns the logits and the tree it carried."""
@@ -134,7 +154,7 @@ class GenerationRun:
         )
         return logits, tree
 
-    def read(self, verified: Verified) -> tuple[list[list[int]], list[int], list[int]]:
+    def read(self, verified: Verified) -> Committed:
         """Brings the decision to the host: paths, lengths, next tokens."""
         accepted = verified.accepted
         if accepted.path.is_cpu:
@@ -159,7 +179,7 @@ class GenerationRun:
     ) -> list[int]:
         """Appends what the pass decided to every row; returns how many tokens each row kept."""
         tokens, drafted = tree.tokens.tolist(), tree.num_nodes.tolist()
-        added, running, width = [0] * len(paths), self.answers.running, self.answers.width
+        added, running, width = [0] * len(paths), self.state.active, self.answers.width
         for row, (path, length) in enumerate(zip(paths, lengths, strict=True)):
             if not length or not running[row]:
                 continue

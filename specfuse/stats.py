@@ -53,7 +53,8 @@ class GenerationStats:
 
     def count(self, emitted: int, drafted: int, accepted: int = 0, row: int = 0) -> None:
         """Records one pass of one row; the first ``accepted`` of its ``emitted`` tokens were drafts."""
-        self.from_drafts[row] += [token < accepted for token in range(emitted)]
+        drafts = min(accepted, emitted)
+        self.from_drafts[row] += [True] * drafts + [False] * (emitted - drafts)
         self.passes += 1
         self.tokens += emitted
         self.drafted += drafted

@@ -21,7 +21,9 @@ from specfuse.attention import TreeMask
 from specfuse.kv_cache import TreeCache
 from specfuse.ops.tree_attention import MAX_NODES, beats_dense_mask
 from specfuse.prompt_mask import PromptTreeMask
+from specfuse.step_mask import StepMask
 from specfuse.tree import TokenTree, pack_bits
+from specfuse.tree_layout import ancestor_bits, node_positions
 
 # The prefill's dense [P + n, P + n] mask stays below 64 MB of bool; longer prompts are prefilled without a
 # tree.
@@ -67,6 +69,7 @@ class TreeForward:
         # [B, 1] slot minus position id: what lies between them are padding and the caller's own position ids.
         self._slot_offset = torch.zeros((batch_size, 1), dtype=torch.int64, device=self.device)
         self._tail_slots: Tensor | None = None
+        self._mask: StepMask | None = None
 
     # ---------------------------------------------------------------- passes
 
@@ -138,7 +141,9 @@ class TreeForward:
         """
         if self.max_position is not None and positions.shape[1] > 1:
             positions = positions.clamp(max=self.max_position)
-        mask = self._step_mask(tail_mask, positions)
+        return self._run(tokens, positions, self._step_mask(tail_mask, positions))
+
+    def _run(self, tokens: Tensor, positions: Tensor, mask: Any) -> Tensor:
         logits = self._call(
             input_ids=tokens.to(self.device), position_ids=positions.to(self.device), attention_mask=mask
         )
@@ -151,9 +156,17 @@ class TreeForward:
 
     def forward_tree(self, tree: TokenTree, root_positions: Tensor) -> Tensor:
         """Runs a whole tree per row, root included; logits ``[B, N, V]``."""
-        if tree.width == 1:
-            return self.forward(tree.tokens, root_positions[:, None], None)
-        return self.forward(tree.tokens, tree.positions(root_positions), tree.ancestor_mask())
+        alone = tree.width == 1
+        positions = (
+            root_positions[:, None] if alone else node_positions(tree, root_positions, self.max_position)
+        )
+        if alone and self._is_plain():
+            mask = None
+        else:
+            mask = self._kept_mask(tree)
+            if mask is None:
+                mask = self._step_mask(None if alone else tree.ancestor_mask(), positions)
+        return self._run(tree.tokens, positions, mask)
 
     def commit(self, path: Tensor, length: Tensor, lengths: list[int]) -> None:
         """Keeps the first ``lengths[b]`` nodes of each accepted path of the last tree, forgets the rest."""
@@ -236,13 +249,34 @@ class TreeForward:
         slots = torch.cat([slots, positions[:, length:] + self._slot_offset], dim=1)
         return self._finish_mask(mask[:, filled:], slots[:, filled:], slots)
 
+    def _is_plain(self) -> bool:
+        """Whether a single node per row sees all there is: no mask is needed."""
+        return self.valid is None and not self.cache.ragged and not self.layout.windowed
+
+    def _kept_mask(self, tree: TokenTree) -> Any:
+        """The mask of a whole tree where it can be had without building it anew; None elsewhere."""
+        if self.layout.windowed or self.cache.pending:
+            return None
+        if self._takes_bits(tree.width):
+            return self._tree_mask(ancestor_bits(tree), tree.width)
+        if self.device.type != "cpu":
+            return None
+        if self._mask is None:
+            self._mask = StepMask(self.valid)
+        lengths, longest = self.cache.lengths, self.cache.longest
+        mask = self._mask.of(tree, lengths, longest + tree.width, self.cache.capacity)
+        return None if mask is None else self._as_attention_mask(mask)
+
     def _step_mask(self, tail_mask: Tensor | None, positions: Tensor) -> Any:
         lengths, longest, pending = self.cache.lengths, self.cache.longest, self.cache.pending
         count = positions.shape[1]
         plain = self.valid is None and not self.cache.ragged
-        if tail_mask is None and plain and not self.layout.windowed:
+        if tail_mask is None and self._is_plain():
             return None
-        tree = self._tree_mask(tail_mask, pending + count)
+        tree = None
+        if self._takes_bits(pending + count):
+            alone = torch.ones((len(self.pads), 1, 1), dtype=torch.bool)
+            tree = self._tree_mask(pack_bits(alone if tail_mask is None else tail_mask), pending + count)
         if tree is not None and not self.layout.windowed:
             return tree
         node_slots = positions.to(self.device) + self._slot_offset
@@ -265,13 +299,12 @@ class TreeForward:
         finished = self._finish_mask(mask, node_slots, self._key_slots(mask.shape[2]))
         return finished | {"full_attention": tree} if tree is not None and self.layout.mixed else finished
 
-    def _tree_mask(self, tail_mask: Tensor | None, slots: int) -> TreeMask | None:
+    def _takes_bits(self, slots: int) -> bool:
         """Bits instead of a dense mask where the model's attention takes them: 64 slots behind the prefix."""
-        if not self.takes_tree or slots > MAX_NODES or (self.valid is not None and self.starts is None):
-            return None
+        return self.takes_tree and slots <= MAX_NODES and (self.valid is None or self.starts is not None)
+
+    def _tree_mask(self, bits: Tensor, slots: int) -> TreeMask:
         lengths = self.cache.device_lengths(self.device)
-        alone = torch.ones((len(self.pads), 1, 1), dtype=torch.bool)
-        bits = pack_bits(alone if tail_mask is None else tail_mask)
         return TreeMask.wrap(bits.to(self.device), lengths, self.starts, slots, self.cache.longest)
 
     def _tail(self, tail_mask: Tensor | None, node_slots: Tensor, pending: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from specfuse.drafters.base import DraftState
 from specfuse.tree import TokenTree
+from specfuse.tree_layout import UNBOUNDED, holds_foreign_tokens, is_sound
 
 
 def checked(tree: TokenTree, state: DraftState, max_nodes: int, drafter: object) -> TokenTree:
@@ -26,10 +27,11 @@ def _fault(tree: object, state: DraftState, max_nodes: int) -> str | None:
         return f"{type(tree).__name__}, not a TokenTree"
     if not tree.tokens.is_cpu:
         return f"a tree on {tree.tokens.device}, it belongs on the CPU"
-    try:
-        tree.validate()
-    except ValueError as error:
-        return f"a bad tree: {error}"
+    if not is_sound(tree):
+        try:
+            tree.validate()
+        except ValueError as error:
+            return f"a bad tree: {error}"
     if tree.batch_size != state.batch_size or not 1 <= tree.width <= max_nodes + 1:
         return (
             f"trees of shape {tuple(tree.tokens.shape)} for {state.batch_size} rows and at most "
@@ -52,13 +54,9 @@ def leave_out_finished(tree: TokenTree, state: DraftState) -> TokenTree:
 
 def without_foreign_tokens(tree: TokenTree, state: DraftState) -> TokenTree:
     """Drops nodes the target has no embedding for, and placeholders that would ask it for pixels."""
-    limit = state.vocab_size if state.vocab_size is not None else 2**62
-    drafts = tree.tokens[:, 1:]
-    foreign = (drafts < 0) | (drafts >= limit)
-    for token in state.visual_token_ids:
-        foreign |= drafts == token
-    if not bool(foreign.any()):
+    if not holds_foreign_tokens(tree, state.vocab_size, state.visual_token_ids):
         return tree
+    limit = state.vocab_size if state.vocab_size is not None else UNBOUNDED
     rows = []
     for tokens, parents, count in zip(
         tree.tokens.tolist(), tree.parents.tolist(), tree.num_nodes.tolist(), strict=True

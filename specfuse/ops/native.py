@@ -18,3 +18,5 @@ def _load(device: str) -> Any:
 
 cpu = _load("cpu")
 cuda = _load("cuda")
+# The loop's own host work; an older build has none of it, and the loop falls back to PyTorch.
+step: Any = cpu if hasattr(cpu, "write_step_mask") else None
