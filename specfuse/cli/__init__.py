@@ -44,6 +44,15 @@ def pick_device(name: str) -> Any:
     return device
 
 
+def model_directory(name: str | os.PathLike[str]) -> str:
+    """The directory that an option names: one that exists, or that of a model that ships with the package."""
+    from specfuse.data import miniature
+
+    if not os.path.exists(name) and str(name) in miniature.NAMES:
+        return str(miniature.directory(str(name)))
+    return str(name)
+
+
 def load_head(option: str, directory: str | os.PathLike[str], target: Any) -> Any:
     """The HeadDrafter in a directory; refused if it drafts from events, which a command line can not give."""
     from specfuse.drafters import HeadDrafter

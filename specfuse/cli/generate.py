@@ -11,20 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from specfuse.cli import UserError, load_head, parse_nodes, pick_device, print_json, working
+from specfuse.cli import UserError, load_head, model_directory, parse_nodes, pick_device, print_json, working
 
 if TYPE_CHECKING:
     from specfuse.drafters import Drafter
 
+_NAMED = ("auto", "corpus", "lookup", "none")
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
 
 def generate(
-    model: Path = typer.Option(..., help="Directory of a Hugging Face Video-LLaVA."),
+    model: Path = typer.Option(..., help="Directory of a Hugging Face Video-LLaVA, or tiny-video-llava."),
     video: Path = typer.Option(..., help="Video file: anything PyAV reads, GIF included."),
     question: str = typer.Option(..., help="What to ask about the video."),
     drafter: str = typer.Option(
-        "auto", help="auto (corpus and lookup), corpus, lookup, none, or a draft model's or head's directory."
+        "auto",
+        help="auto (corpus and lookup), corpus, lookup, none, or a draft model's, EventGPT's or head's "
+        "directory (tiny-eventgpt, tiny-head: those that come with the package).",
+    ),
+    events: Path | None = typer.Option(
+        None,
+        help="Event recording of the scene, for an EventGPT as --drafter; formats as specfuse events reads.",
     ),
     nodes: str = typer.Option("32", help="Drafted tokens that one pass may verify; auto: as many as pay."),
     corpus: Path | None = typer.Option(
@@ -45,27 +52,39 @@ def generate(
     json: bool = typer.Option(False, "--json", help="Print JSON, alone on stdout."),
 ) -> int:
     """Answer a question about a video with exactly the tokens of model.generate, in fewer passes."""
+    directory = None if drafter in _NAMED else model_directory(drafter)
     _check(dtype, question, drafter, corpus)
+    _check_events(drafter, directory, events)
     max_nodes = parse_nodes(nodes)
+    stream = None
+    if events is not None:
+        with working(f"reading {events}", shown=not json):
+            from specfuse.events import load
+
+            stream = load(events)
     with working(f"reading {video}", shown=not json):
         from specfuse.data.video import read_video
 
         clip = read_video(video, frames)
         import transformers  # noqa: F401 (takes seconds: under the spinner)
-    target, processor, inputs = _load(model, dtype, device, clip, question, progress=not json)
-    make_drafter = _drafter_factory(drafter, corpus, target)
+    source = model_directory(model)
+    target, processor, inputs = _load(source, dtype, device, clip, question, progress=not json)
+    make_drafter = _drafter_factory(directory or drafter, corpus, target, processor)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
     used = make_drafter()
-    report = _answer(target, processor, inputs, used, max_nodes, seed, options, stream=not json)
+    speculate = functools.partial(
+        _speculate, target, inputs, nodes=max_nodes, seed=seed, options=options, events=stream
+    )
+    report = _answer(processor, inputs, functools.partial(speculate, used), stream=not json)
     report.update(drafter=drafter, nodes=max_nodes, device=str(target.device), dtype=str(target.dtype)[6:])
     report["random_weights"] = getattr(target.config, "random_weights_seed", None) is not None
     if compare:
         from specfuse.cli.compare import compare_with_plain
 
         report["compare"] = compare_with_plain(
-            functools.partial(_speculate, target, inputs, nodes=max_nodes, seed=seed, options=options),
+            speculate,
             functools.partial(_plain, target, inputs, seed=seed, options=options),
             make_drafter,
             sampled=temperature > 0,
@@ -93,8 +112,19 @@ def _check(dtype: str, question: str, drafter: str, corpus: Path | None) -> None
         raise UserError(f"--corpus must be a file in an existing directory, got {str(corpus)!r}")
 
 
+def _check_events(drafter: str, directory: str | None, events: Path | None) -> None:
+    from specfuse.models.checkpoint import read_config
+
+    is_model = directory is not None and Path(directory, "config.json").exists()
+    sees = is_model and read_config(str(directory)).get("model_type") == "eventgpt"
+    if events is not None and not sees:
+        raise UserError(f"--events belongs to an EventGPT's directory as --drafter, not to {drafter!r}")
+    if sees and events is None:
+        raise UserError(f"--drafter {drafter} is an EventGPT: it drafts from what --events FILE holds")
+
+
 def _load(
-    directory: Path, dtype: str, device: str, clip: Any, question: str, progress: bool
+    directory: str, dtype: str, device: str, clip: Any, question: str, progress: bool
 ) -> tuple[Any, Any, Any]:
     """Returns the model, its processor and the inputs for the question."""
     import torch
@@ -115,7 +145,9 @@ def _load(
     return model, processor, inputs.to(where, model.dtype)
 
 
-def _drafter_factory(name: str, corpus: Path | None, target: Any) -> Callable[[], Drafter | None]:
+def _drafter_factory(
+    name: str, corpus: Path | None, target: Any, processor: Any
+) -> Callable[[], Drafter | None]:
     """Returns what makes a drafter as it is before the first question: what a model holds is loaded once."""
     from specfuse.drafters import (
         CombinedDrafter,
@@ -142,8 +174,14 @@ def _drafter_factory(name: str, corpus: Path | None, target: Any) -> Callable[[]
     if holds_head(name):
         head_drafter = load_head("--drafter", name, target)
         return lambda: head_drafter
-    from specfuse.models.checkpoint import load_draft_model
+    from specfuse.models.checkpoint import load_draft_model, load_eventgpt, read_config
 
+    if read_config(name).get("model_type") == "eventgpt":
+        from specfuse.drafters.event import EventDrafter
+
+        eventgpt = load_eventgpt(name, dtype=target.dtype, device=target.device)
+        # A new one has seen no scene yet: the first answer's time includes encoding the events.
+        return lambda: EventDrafter(*eventgpt, processor)
     draft_model = load_draft_model(name, dtype=target.dtype, device=target.device)
     return lambda: ModelDrafter(draft_model)
 
@@ -161,7 +199,15 @@ def _plain(target: Any, inputs: Any, *, seed: int, options: Any) -> Any:
 
 
 def _speculate(
-    target: Any, inputs: Any, drafter: Any, *, nodes: int | str, seed: int, options: Any, streamer: Any = None
+    target: Any,
+    inputs: Any,
+    drafter: Any,
+    *,
+    nodes: int | str,
+    seed: int,
+    options: Any,
+    events: Any = None,
+    streamer: Any = None,
 ) -> Any:
     from specfuse.generate import generate as speculative_generate
 
@@ -172,28 +218,20 @@ def _speculate(
         seed=seed,
         streamer=streamer,
         return_dict_in_generate=True,
+        events=None if drafter is None else events,
         **inputs,
         **options,
     )
 
 
-def _answer(
-    target: Any,
-    processor: Any,
-    inputs: Any,
-    drafter: Any,
-    nodes: int | str,
-    seed: int,
-    options: Any,
-    stream: bool,
-) -> dict[str, Any]:
+def _answer(processor: Any, inputs: Any, speculate: Callable[..., Any], stream: bool) -> dict[str, Any]:
     """Answers once, streaming to stdout if asked; returns what the summary shows."""
     from transformers import TextStreamer
 
     tokenizer = processor.tokenizer
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     start = time.perf_counter()
-    output = _speculate(target, inputs, drafter, nodes=nodes, seed=seed, options=options, streamer=streamer)
+    output = speculate(streamer=streamer)
     seconds = time.perf_counter() - start
     tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return {

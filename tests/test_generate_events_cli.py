@@ -1,0 +1,61 @@
+"""``specfuse generate --events``: an EventGPT drafts from an event file, by name or by directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import clip as clip
+from test_cli import generate, refused
+
+from specfuse.cli.main import run
+from specfuse.data import miniature
+from specfuse.data.world import events
+from specfuse.events import save
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("events") / "events.npz"
+    save(path, events(4200, 64, 8))
+    return path
+
+
+def test_answer_with_events(clip: Path, recording: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--compare", "--repeats", 1, "--json", "--max-new-tokens", 24)
+    found = {}
+    for drafter in ("tiny-eventgpt", miniature.directory("tiny-eventgpt-naive"), "none"):
+        given = [] if drafter == "none" else ["--events", recording]
+        line = generate(Path("tiny-video-llava"), clip, *more, "--drafter", drafter, *given)
+        assert run([str(part) for part in line]) == 0
+        found[str(drafter)] = json.loads(capsys.readouterr().out)
+    taught, naive, plain = found.values()
+    assert taught["token_ids"] == naive["token_ids"] == plain["token_ids"]
+    assert taught["compare"]["tokens_equal"]
+    assert taught["passes"] < naive["passes"] <= plain["passes"]
+
+
+def test_sampled(clip: Path, recording: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = generate(
+        Path("tiny-video-llava"), clip, "--temperature", 0.8, "--compare", "--repeats", 1, "--json"
+    )
+    line += ["--max-new-tokens", 12, "--drafter", "tiny-eventgpt", "--events", recording]
+    assert run([str(part) for part in line]) == 0
+    assert json.loads(capsys.readouterr().out)["compare"]["tokens_equal"]
+
+
+def test_events_and_their_drafter_belong_together(
+    tiny_directory: Path, clip: Path, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for drafter in ("auto", "none", tiny_directory, "tiny-head", tmp_path / "absent"):
+        line = refused(capsys, *generate(tiny_directory, clip, "--events", recording, "--drafter", drafter))
+        assert "--events belongs to an EventGPT's directory as --drafter, not to " in line
+    line = refused(capsys, *generate(tiny_directory, clip, "--drafter", "tiny-eventgpt"))
+    assert "--drafter tiny-eventgpt is an EventGPT: it drafts from what --events FILE holds" in line
+    more = ("--drafter", "tiny-eventgpt", "--events")
+    line = refused(capsys, *generate(tiny_directory, clip, *more, tmp_path / "absent.npz"))
+    assert "absent.npz: no such file of events" in line
+    (tmp_path / "broken.npz").write_bytes(recording.read_bytes()[:200])
+    line = refused(capsys, *generate(tiny_directory, clip, *more, tmp_path / "broken.npz"))
+    assert "broken.npz" in line
