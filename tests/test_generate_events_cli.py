@@ -52,7 +52,10 @@ def test_events_and_their_drafter_belong_together(
         line = refused(capsys, *generate(tiny_directory, clip, "--events", recording, "--drafter", drafter))
         assert "--events belongs to an EventGPT's directory as --drafter, not to " in line
     line = refused(capsys, *generate(tiny_directory, clip, "--drafter", "tiny-eventgpt"))
-    assert "--drafter tiny-eventgpt is an EventGPT: it drafts from what --events FILE holds" in line
+    assert (
+        "--drafter tiny-eventgpt is an EventGPT: it drafts from events, specfuse generate --events FILE"
+        in line
+    )
     more = ("--drafter", "tiny-eventgpt", "--events")
     line = refused(capsys, *generate(tiny_directory, clip, *more, tmp_path / "absent.npz"))
     assert "absent.npz: no such file of events" in line

@@ -52,9 +52,8 @@ def generate(
     json: bool = typer.Option(False, "--json", help="Print JSON, alone on stdout."),
 ) -> int:
     """Answer a question about a video with exactly the tokens of model.generate, in fewer passes."""
-    directory = None if drafter in _NAMED else model_directory(drafter)
     _check(dtype, question, drafter, corpus)
-    _check_events(drafter, directory, events)
+    _check_events(drafter, events)
     max_nodes = parse_nodes(nodes)
     stream = None
     if events is not None:
@@ -67,9 +66,8 @@ def generate(
 
         clip = read_video(video, frames)
         import transformers  # noqa: F401 (takes seconds: under the spinner)
-    source = model_directory(model)
-    target, processor, inputs = _load(source, dtype, device, clip, question, progress=not json)
-    make_drafter = _drafter_factory(directory or drafter, corpus, target, processor)
+    target, processor, inputs = _load(model, dtype, device, clip, question, progress=not json)
+    make_drafter = _drafter_factory(drafter, corpus, target, processor)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
@@ -112,19 +110,25 @@ def _check(dtype: str, question: str, drafter: str, corpus: Path | None) -> None
         raise UserError(f"--corpus must be a file in an existing directory, got {str(corpus)!r}")
 
 
-def _check_events(drafter: str, directory: str | None, events: Path | None) -> None:
-    from specfuse.models.checkpoint import read_config
-
-    is_model = directory is not None and Path(directory, "config.json").exists()
-    sees = is_model and read_config(str(directory)).get("model_type") == "eventgpt"
+def _check_events(drafter: str, events: Path | None) -> None:
+    sees = drafter not in _NAMED and _is_eventgpt(model_directory(drafter))
     if events is not None and not sees:
         raise UserError(f"--events belongs to an EventGPT's directory as --drafter, not to {drafter!r}")
     if sees and events is None:
-        raise UserError(f"--drafter {drafter} is an EventGPT: it drafts from what --events FILE holds")
+        raise UserError(
+            f"--drafter {drafter} is an EventGPT: it drafts from events, specfuse generate --events FILE"
+        )
+
+
+def _is_eventgpt(directory: str) -> bool:
+    from specfuse.models.checkpoint import read_config
+
+    is_model = Path(directory, "config.json").exists()
+    return is_model and read_config(directory).get("model_type") == "eventgpt"
 
 
 def _load(
-    directory: str, dtype: str, device: str, clip: Any, question: str, progress: bool
+    directory: Path, dtype: str, device: str, clip: Any, question: str, progress: bool
 ) -> tuple[Any, Any, Any]:
     """Returns the model, its processor and the inputs for the question."""
     import torch
@@ -140,7 +144,7 @@ def _load(
     # Half precision on a CPU is emulated: slower than float32, and the answer is less exact.
     wanted = "float32" if dtype == "auto" and where.type == "cpu" else dtype
     weights = wanted if wanted == "auto" else getattr(torch, wanted)
-    model, processor = load_video_llava(directory, dtype=weights, device=where)
+    model, processor = load_video_llava(model_directory(directory), dtype=weights, device=where)
     inputs = processor(text=FIRST_TURN.format(question=question), videos=clip, return_tensors="pt")
     return model, processor, inputs.to(where, model.dtype)
 
@@ -169,14 +173,15 @@ def _drafter_factory(
         return remembering
     if name == "auto":
         return lambda: CombinedDrafter([remembering(), PromptLookupDrafter()])
+    name = model_directory(name)
     if not Path(name).exists():
         raise UserError(f"--drafter must be auto, corpus, lookup, none or a model directory, got {name!r}")
     if holds_head(name):
         head_drafter = load_head("--drafter", name, target)
         return lambda: head_drafter
-    from specfuse.models.checkpoint import load_draft_model, load_eventgpt, read_config
+    from specfuse.models.checkpoint import load_draft_model, load_eventgpt
 
-    if read_config(name).get("model_type") == "eventgpt":
+    if _is_eventgpt(name):
         from specfuse.drafters.event import EventDrafter
 
         eventgpt = load_eventgpt(name, dtype=target.dtype, device=target.device)

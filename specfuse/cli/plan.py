@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from specfuse.cli import UserError, print_json, working
-from specfuse.cli.generate import DTYPES, _check, _drafter_factory, _load
+from specfuse.cli.generate import DTYPES, _check, _check_events, _drafter_factory, _load
 
 
 def plan(
@@ -38,6 +38,7 @@ def plan(
     sizes = _sizes(nodes)
     for each in question:
         _check(dtype, each, drafter, None)
+    _check_events(drafter, None)
     if drafter == "none":
         raise UserError("--drafter none drafts nothing: plain decoding is what plan compares with")
     with working("reading videos", shown=not json):
@@ -47,9 +48,8 @@ def plan(
         import transformers  # noqa: F401 (takes seconds: under the spinner)
     target, processor, _ = _load(model, dtype, device, clips[0], question[0], progress=not json)
     sample = _sample(target, processor, clips, question, temperature)
-    found = _measure(
-        target, sample, _drafter_factory(drafter, None, target)(), sizes, max_new_tokens, rounds, seed, json
-    )
+    used = _drafter_factory(drafter, None, target, processor)()
+    found = _measure(target, sample, used, sizes, max_new_tokens, rounds, seed, json)
     random_weights = getattr(target.config, "random_weights_seed", None) is not None
     if json:
         print_json({"drafter": drafter, "random_weights": random_weights, **found.as_dict()})
