@@ -1,169 +1,184 @@
-"""End-to-end answers: specfuse against model.generate and Hugging Face's prompt lookup, same inputs, one run.
+"""End-to-end answers: specfuse against what users have today, tokens compared first.
 
-    python benchmarks/bench_generate.py [--json] [--rounds 12] [--hidden 256 --layers 4]
+    python benchmarks/bench_generate.py                              # the miniature, held-out clips
+    python benchmarks/bench_generate.py --trace FILE [--size tiny]   # recorded answers replayed
+    python benchmarks/bench_generate.py --input unpredictable        # nothing can be drafted
+    ... [--prompt 171|2091|4643] [--nodes 16,auto] [--rounds N] [--only TEXT] [--csv DIR] [--device cuda]
 
-Input: a random Video-LLaVA (so the tokens mean nothing; the work of a pass is real), 8 frames of 224 px
-(2,056 video tokens) or --image-size, a 32-token question, 64 new tokens, greedy, batch 1. Every round runs
-all systems in turn; medians are compared as ratios to model.generate. Outputs are compared first: a system
-whose tokens differ ends the run.
+Systems: model.generate as it is, with a static cache (compiled with --compile; on a GPU always), prompt
+lookup, assisted generation, and specfuse with each drafter. Every question goes through all of them in turn,
+another one first each time; ratios are medians over questions. Timed is the call of generate: the processor's
+work is everybody's.
 
-`plain` is specfuse with drafter=None: what the loop itself costs. With drafter="auto": `first` has learned
-nothing yet; `unrelated` has answered eight other questions, whose answers are of no help here (nothing can be
-predicted); `repeated` has answered this very question, the best case of remembering. None of them stands for
-real answers: see `specfuse replay` for those.
+"replayed": a model of real shape with random weights does all the work of every pass while a recorded answer
+decides what it says, and so what is accepted (end_to_end/replayed.py): the time is that of the machine, the
+acceptance that of real outputs. A recording is a file as for `specfuse replay`; the answers asked are spread
+evenly over it, and "earlier answers" have been remembered as they would have been had all of it been asked.
+"unpredictable" replays random tokens. Sizes and prompts: end_to_end/shapes.py.
+
+Hugging Face's assisted generation hands its assistant the prompt's ids and no pixels, whatever the assistant
+is: a drafter that sees the video has no row there. Prompt lookup may not draft the video's placeholders, on
+which it would fail.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import transformers
-from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
+from end_to_end import inputs, lineups, shapes, table
+from end_to_end.contest import Differs, run, warm_up
+from end_to_end.replayed import Script, hook_us
+from end_to_end.systems import Asked, System
 
-import specfuse
+from specfuse import demo
+from specfuse.data import miniature
+from specfuse.data.recording import load_recording
+from specfuse.probe import pass_times
 
-FRAMES, QUESTION = 8, 32
-
-
-def random_model(hidden: int, layers: int, image_size: int) -> Any:
-    """Video-LLaVA of the usual layout (patch 14, CLS kept), random weights wide enough that answers vary."""
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=image_size,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=32064,
-        hidden_size=hidden,
-        intermediate_size=int(2.6875 * hidden),
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-    )
-    torch.manual_seed(0)
-    config = VideoLlavaConfig(vision_config=vision, text_config=text)
-    model = VideoLlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=2 * parameter.shape[1] ** -0.5)
-        model.lm_head.weight[[config.image_token_index, config.video_token_index]] = 0
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+LENGTHS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
-def request(model: Any, seed: int = 1) -> dict[str, Tensor]:
-    """One clip and one question."""
-    generator = torch.Generator().manual_seed(seed)
-    question = torch.randint(3, 30000, (QUESTION,), generator=generator).tolist()
-    size = model.config.vision_config.image_size
-    video = [model.config.video_token_index] * (FRAMES * ((size // 14) ** 2 + 1))
-    ids = [1, 10, 11, *video, *question]
-    pixels = torch.randn(1, FRAMES, 3, size, size, generator=generator)
-    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
-    return {**inputs, "pixel_values_videos": pixels}
+class Contest(NamedTuple):
+    """What a run needs."""
+
+    model: Any
+    systems: list[System]
+    warm: list[Asked]  # compared and not timed
+    asked: list[Asked]
+    name: dict[str, str]  # columns "input" and "model"
+    script: Script | None = None
 
 
-def _auto() -> specfuse.CombinedDrafter:
-    """What drafter="auto" is, with nothing remembered."""
-    return specfuse.CombinedDrafter([specfuse.CorpusDrafter(), specfuse.PromptLookupDrafter()])
-
-
-class _Deaf(specfuse.Drafter):
-    """A drafter that is not told the answers."""
-
-    def __init__(self, drafter: specfuse.Drafter):
-        self.drafter = drafter
-
-    def propose(self, state: specfuse.DraftState, max_nodes: int) -> specfuse.TokenTree:
-        return self.drafter.propose(state, max_nodes)
-
-
-def systems(model: Any, inputs: dict[str, Tensor], new_tokens: int) -> dict[str, Callable[[], Tensor]]:
-    """Every competitor as a function of no arguments that returns the sequences."""
-    options = {**inputs, "max_new_tokens": new_tokens, "do_sample": False}
-    taught, elsewhere = _auto(), _auto()
-    for seed in range(2, 10):
-        specfuse.generate(model, elsewhere, **{**options, **request(model, seed)})
-
-    return {
-        "model.generate": lambda: model.generate(**options),
-        "specfuse plain": lambda: specfuse.generate(model, None, **options),
-        "specfuse first": lambda: specfuse.generate(model, _auto(), **options),
-        "specfuse unrelated": lambda: specfuse.generate(model, _Deaf(elsewhere), **options),
-        "specfuse repeated": lambda: specfuse.generate(model, taught, **options),
-        "specfuse lookup": lambda: specfuse.generate(model, specfuse.PromptLookupDrafter(), **options),
-        "HF prompt lookup": lambda: model.generate(**options, prompt_lookup_num_tokens=10),
-    }
-
-
-def measure(competitors: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each system, one sample per round, after a round that compares the tokens."""
-    expected = competitors["model.generate"]()
-    for name, run in competitors.items():
-        if not torch.equal(run(), expected):
-            raise SystemExit(f"{name} gave other tokens than model.generate")
-    times: dict[str, list[float]] = {name: [] for name in competitors}
-    for index in range(rounds):
-        # Another order each round, so that what runs after whom averages out.
-        order = list(competitors)[index % len(competitors) :] + list(competitors)[: index % len(competitors)]
-        for name in order:
-            start = time.perf_counter()
-            competitors[name]()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
-def main() -> None:
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--input", choices=["miniature", "unpredictable"], default="miniature")
+    parser.add_argument("--trace", type=Path, help="a recording: its answers are replayed")
+    parser.add_argument("--size", choices=shapes.SHAPES, default="tiny")
+    parser.add_argument("--prompt", type=int, choices=shapes.PROMPTS, default=171)
+    parser.add_argument("--clips", type=int, default=4, help="of the miniature's world")
+    parser.add_argument("--questions", type=int, help="default: 6 a clip, 12 recorded answers")
+    parser.add_argument("--longest", type=int, help="tokens of a recorded answer that are replayed")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--nodes", default="auto,4,8,16,32", help="of the corpus; the first is everybody's")
+    parser.add_argument("--only", action="append", help="systems whose name holds this, and model.generate")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the static cache's decoding too"
+    )
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    model = random_model(arguments.hidden, arguments.layers, arguments.image_size).to(arguments.device)
-    inputs = {name: value.to(arguments.device) for name, value in request(model).items()}
-    times = measure(systems(model, inputs, arguments.new_tokens), arguments.rounds)
-    base = statistics.median(times["model.generate"])
-    rows = []
-    for name, values in times.items():
-        p20, p50, p80 = (statistics.quantiles(values, n=10)[i] for i in (1, 4, 7))
-        rows.append({"system": name, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "speedup": base / p50})
-    report = {
-        "hardware": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "model": f"random Video-LLaVA, hidden {arguments.hidden}, {arguments.layers} layers, 32,064 tokens",
-        "prompt_tokens": inputs["input_ids"].shape[1],
-        "new_tokens": arguments.new_tokens,
-        "rows": rows,
-    }
-    if arguments.json:
-        json.dump(report, sys.stdout)
-        return
-    print(f"{report['model']}; prompt of {report['prompt_tokens']:,} tokens, {arguments.new_tokens} new")
-    for row in rows:
-        times_ms = "  ".join(f"{name} {row[f'{name}_ms']:8.1f}" for name in ("p20", "p50", "p80"))
-        print(f"{row['system']:18} {times_ms} ms   {row['speedup']:5.2f}x")
+    parser.add_argument("--dtype", default="bfloat16", help="of models with random weights")
+    parser.add_argument("--csv", type=Path, metavar="DIR", help="append to generate.csv and pass_times.csv")
+    parser.add_argument("--no-pass-times", action="store_true", help="leave out T(n)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    options = parser.parse_args(arguments)
+    options.nodes = [size if size == "auto" else int(size) for size in options.nodes.split(",")]
+    return options
+
+
+def prepare(options: argparse.Namespace) -> Contest:
+    """Target, competitors and questions.
+
+    Raises:
+        MemoryError, ValueError, OSError: says what is missing.
+    """
+    compiled = options.compile or torch.device(options.device).type == "cuda"
+    if options.trace is None and options.input == "miniature":
+        model, processor = miniature.load_target()
+        model.to(options.device)
+        systems = lineups.miniature_lineup(model, processor, options.nodes, compiled)
+        draw = np.random.default_rng(options.seed)
+        warm = inputs.miniature_questions(processor, [demo.ask(inputs.warm_clip(), 2, draw)])
+        clips = demo.choose(options.clips, options.questions or 6, options.seed)
+        asked = inputs.miniature_questions(processor, clips)
+        name = {"input": "miniature", "model": "tiny-video-llava"}
+        return Contest(model, systems, warm, asked, name)
+    recording = inputs.unpredictable() if options.trace is None else load_recording(options.trace)
+    prompt, shape = shapes.PROMPTS[options.prompt], shapes.SHAPES[options.size]
+    model = shapes.build(shape, prompt, options.device, getattr(torch, options.dtype))
+    script = Script(prompt.tokens + 1024, model.device)
+    script.give(model)
+    systems = lineups.replayed_lineup(model, options.nodes, compiled)
+    count = options.questions or 12
+    asked = inputs.replayed_questions(model, prompt, recording, count, script, options.longest)
+    name = {"input": "unpredictable" if options.trace is None else "replayed"}
+    return Contest(model, systems, asked[:2], asked, {**name, "model": f"{options.size}, random"}, script)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    options = options_of(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        contest = prepare(options)
+        chosen = choose(contest.systems, options.only, options.device)
+        peaks = warm_up(chosen, contest.warm)
+        found = run(chosen, contest.asked, options.rounds, quiet if options.json else progress)
+    except (MemoryError, ValueError, OSError, Differs) as error:
+        raise SystemExit(f"bench_generate: {error}") from None
+    rows = table.rows(found, peaks)
+    shared = table.about(
+        contest.model,
+        prompt_tokens=contest.asked[0].inputs["input_ids"].shape[1],
+        questions=sum(each.scored for each in contest.asked),
+        rounds=options.rounds,
+        **contest.name,
+    )
+    curve = [] if options.no_pass_times else curve_of(contest.model, contest.asked[0])
+    if options.csv is not None:
+        table.append(options.csv / "generate.csv", table.ROW, shared, rows)
+        table.append(options.csv / "pass_times.csv", table.PASS_ROW, shared, curve)
+    if options.json:
+        print(json.dumps({**shared, "rows": rows, "pass_times": curve}))
+        return rows
+    prompt, load = shared["prompt_tokens"], shared["load"]
+    print(f"{shared['input']}, {shared['model']}, prompt of {prompt:,} tokens, {shared['dtype']}, ", end="")
+    print(f"{shared['questions']} answers x {options.rounds}, {options.threads} thread(s), load {load}")
+    if contest.script is not None:
+        costs = [hook_us(contest.script, n, shapes.VOCABULARY, contest.model.dtype) for n in (1, 17)]
+        print(f"replaying adds {costs[0]:.0f} us to a pass of 1 node and {costs[1]:.0f} us to one of 17")
+    print(table.markdown(rows))
+    if curve:
+        print("T(n) / T(1):", "  ".join(f"{1 + row['drafted']}: {row['ratio']:.2f}" for row in curve))
+    return rows
+
+
+def choose(systems: Sequence[System], only: Sequence[str] | None, device: str) -> list[System]:
+    """The first system and those asked for, each with the attention that is its best on the device."""
+    chosen = [
+        system
+        for place, system in enumerate(systems)
+        if not place or not only or any(text in system.name for text in only)
+    ]
+    if torch.device(device).type == "cuda":
+        for system in chosen:
+            system.attention = "specfuse_tree" if system.name.startswith("specfuse") else "sdpa"
+    return chosen
+
+
+def curve_of(model: Any, asked: Asked) -> list[dict[str, Any]]:
+    """T(n): what a pass over n nodes costs behind this prompt."""
+    asked.prepare()
+    sample = {**asked.inputs, "max_new_tokens": max(asked.limit, 8), "do_sample": False}
+    times = pass_times(model, [sample], LENGTHS, rounds=9)
+    rows = [{"drafted": n, **table.percentiles([ms / 1e3 for ms in times[n]])} for n in LENGTHS]
+    return [{**row, "ratio": round(row["p50_ms"] / rows[0]["p50_ms"], 3)} for row in rows]
+
+
+def progress(place: int, asked: Asked) -> None:
+    print(f"\r{place + 1} questions ", end="", file=sys.stderr, flush=True)
+
+
+def quiet(place: int, asked: Asked) -> None:
+    pass
 
 
 if __name__ == "__main__":

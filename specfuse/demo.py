@@ -219,8 +219,8 @@ class Contest:
         return Answered(asked.index, question, turn, timed, self.generator.last_stats)
 
     def _timed(self, system: str, frames: np.ndarray, question: str) -> Timed:
-        watch = _FirstToken()
-        with _counted(self.plain if system != SPECFUSE else self.cached) as passes:
+        watch = FirstToken()
+        with counted(self.plain if system != SPECFUSE else self.cached) as passes:
             start = time.perf_counter()
             inputs = self.processor(
                 text=FIRST_TURN.format(question=question), videos=frames, return_tensors="pt"
@@ -230,7 +230,7 @@ class Contest:
             seconds = time.perf_counter() - start
         return Timed(tokens, passes[0], seconds, watch.at - start)
 
-    def _generate(self, system: str, inputs: Mapping[str, Tensor], streamer: _FirstToken) -> Tensor:
+    def _generate(self, system: str, inputs: Mapping[str, Tensor], streamer: FirstToken) -> Tensor:
         options: dict[str, Any] = {
             **inputs,
             "streamer": streamer,
@@ -244,7 +244,7 @@ class Contest:
         return self.plain.generate(**options)
 
 
-class _FirstToken:
+class FirstToken:
     """A streamer that notes when the first token came."""
 
     def __init__(self) -> None:
@@ -262,7 +262,7 @@ class _FirstToken:
 
 
 @contextmanager
-def _counted(model: torch.nn.Module) -> Iterator[list[int]]:
+def counted(model: torch.nn.Module) -> Iterator[list[int]]:
     """Counts calls of a model inside the block."""
     calls = [0]
 

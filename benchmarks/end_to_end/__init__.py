@@ -1,0 +1,1 @@
+"""What the end-to-end benchmarks share: models, recorded answers, competitors, rounds, tables."""
