@@ -6,19 +6,26 @@
 #   sanitize TOOL    the self-test of every op under compute-sanitizer: memcheck, racecheck, synccheck
 #   tune OP          the fastest configurations for this GPU, into kernels/configs and OUTDIR/configs
 #   bench OP         the micro-benchmark of each op, rows into OUTDIR/OP.csv
-#   run NAME         the end-to-end benchmarks, rows into OUTDIR/end_to_end.csv
-#   plot             OUTDIR/share_gpu.png and .svg, where matplotlib is there
+#   run NAME         the vision cache and the loop's own cost, rows into OUTDIR/end_to_end.csv
+#   generate INPUT   whole answers against model.generate and others: the miniature, and recorded answers replayed
+#                    on models of 1B and 7B parameters, rows into OUTDIR/generate.csv and OUTDIR/pass_times.csv
+#   acceptance 7b    speed-up by simulated acceptance, rows into OUTDIR/acceptance.csv
+#   plot             PNG and SVG of all of it, where matplotlib is there
+#
+# The recording is SPECFUSE_TRACE, else video_llava_dsec_1s_tokens.json in SPECFUSE_SHARED_DATA, shared/data or
+# ../shared/data, else the synthetic example of the package.
 #
 # A section that went well leaves OUTDIR/done/SECTION and is left out when the suite is called again with the same
 # OUTDIR; logs are OUTDIR/log/SECTION.txt. Options: --only TEXT (sections whose name holds it, and the build),
-# --again (forget what was done), --budget SECONDS (default 530: no section starts after that).
+# --again (forget what was done), --budget SECONDS (default 530: no section starts after that,
+# nor one that could end more than a minute later).
 # Needs python with torch (CUDA), transformers, pytest, pybind11 and ninja, and nvcc; fetches nothing.
 # Exit code: 0 all well, 1 a section failed or was left for the next call, 2 nothing could run.
 # NOT YET RUN ON A GPU: written and shell-checked on a machine without one, where its refusal and its handling of
 # sections were tried.
 set -uo pipefail
 
-usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,23s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 out="" only="" again=0 budget=530
 while (($#)); do
@@ -67,7 +74,7 @@ section() {
   shift 2
   [[ -e $mark ]] && { echo "=== $name: done before"; return 0; }
   [[ -z $only || $name == build || $name == *"$only"* ]] || return 0
-  ((SECONDS < budget)) || { echo "=== $name: left for the next call"; failed+=("$name (not started)"); return 1; }
+  ((SECONDS < budget && SECONDS + limit <= budget + 60)) || { echo "=== $name: left for the next call"; failed+=("$name (not started)"); return 1; }
   printf '=== %s (at most %d s)\n' "$name" "$limit"
   if [[ ${SPECFUSE_SUITE_DRY:-0} == 1 ]]; then
     printf '%s\n' "$*" >"$log"
@@ -154,12 +161,28 @@ done
 for op in "${ops[@]}"; do
   section "bench $op" 60 "$PYTHON" "benchmarks/bench_$op.py" --device cuda --csv "$out/$op.csv"
 done
-for name in bench_vision_cache bench_generate; do
-  section "run $name" 60 bash -c 'end_to_end "$@"' _ "$name" "$out"
+for name in bench_vision_cache bench_step; do
+  [[ -e benchmarks/$name.py ]] && section "run $name" 60 bash -c 'end_to_end "$@"' _ "$name" "$out"
 done
+
+recording=example
+for candidate in "${SPECFUSE_TRACE:-}" {"${SPECFUSE_SHARED_DATA:-}",shared/data,../shared/data}/video_llava_dsec_1s_tokens.json; do
+  [[ -f $candidate ]] && { recording=$candidate; break; }
+done
+generate=("$PYTHON" benchmarks/bench_generate.py --device cuda --csv "$out")
+section "generate miniature" 120 "${generate[@]}" --clips 2 --rounds 2 --nodes auto,16
+replay=(--trace "$recording" --rounds 2 --questions 8 --nodes "auto,16,32")
+section "generate 1b 2091" 240 "${generate[@]}" "${replay[@]}" --size 1b --prompt 2091
+section "generate 7b 2091" 300 "${generate[@]}" "${replay[@]}" --size 7b --prompt 2091
+section "generate 7b 4643" 300 "${generate[@]}" "${replay[@]}" --size 7b --prompt 4643
+section "generate 7b unpredictable" 150 "${generate[@]}" --input unpredictable --size 7b --prompt 2091 --rounds 2 \
+  --questions 4 --nodes auto --only specfuse --no-pass-times
+section "acceptance 7b" 240 "$PYTHON" benchmarks/bench_acceptance_curve.py --device cuda --csv "$out" --size 7b \
+  --prompt 2091 --answers 2 --rounds 2
 if "$PYTHON" -c 'import matplotlib' 2>/dev/null; then
   mapfile -t tables < <(for op in "${ops[@]}"; do [[ -e $out/$op.csv ]] && echo "$out/$op.csv"; done)
   ((${#tables[@]})) && section plot 30 "$PYTHON" benchmarks/plot.py "${tables[@]}" --out "$out"
+  section "plot end to end" 30 "$PYTHON" benchmarks/plot_end_to_end.py "$out" --device gpu
 fi
 
 printf '\n%d s; %d failed or left%s\n' "$SECONDS" "${#failed[@]}" "${failed[*]:+: ${failed[*]}}"

@@ -72,6 +72,18 @@ def test_sections_can_be_chosen_and_time_ends_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nvcc")
+def test_whole_answers_replay_the_recording_that_is_given(tmp_path: Path) -> None:
+    recording = tmp_path / "some.json"
+    recording.write_text("{}")
+    suite(tmp_path, "--only", "generate", SPECFUSE_SUITE_DRY="1", SPECFUSE_TRACE=str(recording))
+    commands = {path.stem: path.read_text().split() for path in (tmp_path / "log").glob("generate_*.txt")}
+    assert {"generate_miniature", "generate_7b_2091", "generate_7b_4643"} <= set(commands)
+    command = commands["generate_7b_4643"]
+    assert command[command.index("--trace") + 1] == str(recording)
+    assert command[command.index("--prompt") + 1] == "4643" and command[command.index("--device") + 1] == "cuda"
+
+
+@pytest.mark.usefixtures("nvcc")
 def test_every_test_file_belongs_to_one_section(tmp_path: Path) -> None:
     suite(tmp_path, SPECFUSE_SUITE_DRY="1")
     log = {path.stem: path.read_text().split() for path in (tmp_path / "log").glob("test_*.txt")}
