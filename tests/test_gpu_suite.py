@@ -80,7 +80,8 @@ def test_whole_answers_replay_the_recording_that_is_given(tmp_path: Path) -> Non
     assert {"generate_miniature", "generate_7b_2091", "generate_7b_4643"} <= set(commands)
     command = commands["generate_7b_4643"]
     assert command[command.index("--trace") + 1] == str(recording)
-    assert command[command.index("--prompt") + 1] == "4643" and command[command.index("--device") + 1] == "cuda"
+    assert command[command.index("--prompt") + 1] == "4643"
+    assert command[command.index("--device") + 1] == "cuda"
 
 
 @pytest.mark.usefixtures("nvcc")
