@@ -38,11 +38,13 @@ SAMPLES = {
     "residual-mlp": Sample(ResidualMLPAdapterConfig(features=D, width=4), features, (B, 5, D)),
     "lightweight": Sample(LightweightAdapterConfig(features=D, width=4), features, (B, 5, D)),
     "cross-attention": Sample(
-        CrossAttentionAlignerConfig(features=D, context_features=C, heads=3),
+        CrossAttentionAlignerConfig(features=D, context_features=C, heads=3, places=5, context_places=6),
         lambda: (torch.randn(B, 5, D), torch.randn(B, 6, C)),
         (B, 5, D),
     ),
-    "expander": Sample(TokenExpanderConfig(in_features=D, features=8, width=5), features, (B, 20, 8)),
+    "expander": Sample(
+        TokenExpanderConfig(in_features=D, features=8, width=5, places=5), features, (B, 20, 8)
+    ),
     "token-alignment": Sample(
         TokenAlignmentAdapterConfig(vocab_size=V, rank=4), lambda: (torch.randn(B, 5, V),), (B, 5, V)
     ),

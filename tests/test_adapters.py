@@ -111,7 +111,8 @@ def test_cross_attention_equation_with_padding() -> None:
     expected = torch.zeros(B, 5, D)
     n = F.layer_norm(x, (D,), adapter.norm.weight, adapter.norm.bias)
     m = F.layer_norm(context, (C,), adapter.context_norm.weight, adapter.context_norm.bias)
-    q, k, v = adapter.query(n), adapter.key(m), adapter.value(m)
+    own, other = adapter.query_places.weight, adapter.key_places.weight
+    q, k, v = adapter.query(n + own), adapter.key(m + other), adapter.value(m)
     width = D // 3
     for row in range(B):
         seen = mask[row].nonzero()[:, 0]
@@ -119,7 +120,7 @@ def test_cross_attention_equation_with_padding() -> None:
             part = slice(head * width, (head + 1) * width)
             weights = (q[row, :, part] @ k[row, seen, part].T / math.sqrt(width)).softmax(-1)
             expected[row, :, part] = weights @ v[row, seen, part]
-    expected = x + expected @ adapter.out.weight.T + adapter.out.bias
+    expected = adapter.project(x) + adapter.out(expected) + adapter.out_places.weight
     torch.testing.assert_close(adapter(x, context, mask), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(adapter(x, context), expected, atol=1e-3)
 
@@ -136,11 +137,17 @@ def test_expander_equation_and_start() -> None:
     y = adapter(x)
     for token in range(5):
         base = adapter.project(x[:, token])
-        added = adapter.up(F.gelu(adapter.down(x[:, token])))
+        added = adapter.up(F.gelu(adapter.down(x[:, token]) + adapter.places.weight[token]))
         for k in range(4):
             torch.testing.assert_close(y[:, 4 * token + k], base + added[:, 8 * k : 8 * (k + 1)])
     same = TokenExpander(TokenExpanderConfig(in_features=D, width=3, factor=2))
-    assert torch.equal(same(x), x.repeat_interleave(2, 1))
+    assert same.places is None and torch.equal(same(x), x.repeat_interleave(2, 1))
+
+
+def test_without_places_any_number_of_tokens_is_read() -> None:
+    aligner = CrossAttentionAligner(CrossAttentionAlignerConfig(features=D, context_features=C, heads=3))
+    assert aligner(torch.randn(2, 9, D), torch.randn(2, 1, C)).shape == (2, 9, D)
+    assert all("places" not in name for name in aligner.state_dict())
 
 
 def test_token_alignment_is_a_matrix_that_is_never_built() -> None:
@@ -217,6 +224,9 @@ def test_impossible_sizes_are_named(make, text: str) -> None:
     [
         ("cross-attention", (torch.zeros(2, 5, D), torch.zeros(3, 6, C)), r"context must be \[2, M, C\]"),
         ("cross-attention", (torch.zeros(2, 5, D), torch.zeros(2, 6, D)), "context must be"),
+        ("cross-attention", (torch.zeros(2, 4, D), torch.zeros(2, 6, C)), "x must have 5 tokens, got 4"),
+        ("cross-attention", (torch.zeros(2, 5, D), torch.zeros(2, 7, C)), "context must have 6 tokens"),
+        ("expander", (torch.zeros(2, 4, D),), "x must have 5 tokens, got 4"),
         ("expander", (torch.zeros(5, D),), r"x must be \[B, N, 12\], got \[5, 12\]"),
         ("token-alignment", (torch.zeros(5, V + 1),), r"x must be \[..., 30\], got \[5, 31\]"),
         (

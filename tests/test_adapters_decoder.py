@@ -11,6 +11,7 @@ import torch
 from tiny_models import randomize
 
 from specfuse.cli.main import run
+from specfuse.data.world import split
 from specfuse.models.checkpoint import load_eventgpt, load_video_llava
 from specfuse.train import adapter_decoder, adapter_source, clip_store, event_store
 from specfuse.train.adapter_decoder import decoder_pairs
@@ -88,13 +89,18 @@ def texts(models: tuple[Any, Any], cache: Path) -> list[tuple[int, list[int], li
 def test_states_stand_where_the_same_token_is_about_to_be_said(models, cache: Path) -> None:
     pairs = decoder_pairs("states", *models, preset("micro"), cache)
     said = texts(models, cache)
-    # The positions of a clip are counted through all its answers.
-    wanted, clips = [], []
+    # The positions of a clip are counted through all its answers; of a held-out one none is left out.
+    wanted, clips, answers = [], [], []
     for clip in dict.fromkeys(clip for clip, _, _ in said):
-        every = [token for number, _, answer in said if number == clip for token in answer]
-        wanted += every[::4]
-        clips += [clip] * len(every[::4])
+        step = 1 if clip in split("held_out") else 4
+        every = [
+            (token, row) for row, (number, _, text) in enumerate(said) if number == clip for token in text
+        ]
+        wanted += [token for token, _ in every[::step]]
+        answers += [row for _, row in every[::step]]
+        clips += [clip] * len(every[::step])
     assert pairs.clips.tolist() == clips and pairs.held_out.any() and not pairs.held_out.all()
+    assert pairs.answers is not None and pairs.answers.tolist() == answers
     assert pairs.source_head is not None and pairs.target_head is not None
     # Greedy answers: the target's states name the tokens themselves, up to ties in half precision.
     named = (pairs.target.float() @ pairs.target_head.float().T).argmax(-1)
@@ -121,7 +127,8 @@ def test_drafts_are_windows_of_the_text_and_the_features_of_the_prompt(models, c
     windows = set()
     for clip, asked, answer in said:
         text = asked + answer
-        for place in range(max(len(asked), CONTEXT), len(text) - HORIZON + 1, 4):
+        step = 1 if clip in split("held_out") else 4
+        for place in range(max(len(asked), CONTEXT), len(text) - HORIZON + 1, step):
             windows.add((clip, *text[place - CONTEXT : place + HORIZON]))
     found = torch.cat([pairs.clips[:, None], pairs.context, pairs.target], 1).tolist()
     assert set(map(tuple, found)) == windows and len(windows) > 20

@@ -59,6 +59,8 @@ class CrossAttentionAlignerConfig(PreTrainedConfig):
         features: width D of the queries and of what comes out.
         context_features: width C of the keys and values.
         heads: h, a divisor of D.
+        places: tokens N of every input where each stands for a place of a picture; None where N may vary.
+        context_places: tokens M of every context, likewise.
     """
 
     model_type = "specfuse_cross_attention_aligner"
@@ -66,6 +68,8 @@ class CrossAttentionAlignerConfig(PreTrainedConfig):
     features: int = 4096
     context_features: int = 1024
     heads: int = 32
+    places: int | None = None
+    context_places: int | None = None
 
 
 class TokenExpanderConfig(PreTrainedConfig):
@@ -76,6 +80,7 @@ class TokenExpanderConfig(PreTrainedConfig):
         features: width D of those that go out; None means the same.
         width: hidden width R.
         factor: tokens for each token.
+        places: tokens N of every input where each stands for a place of a picture; None where N may vary.
     """
 
     model_type = "specfuse_token_expander"
@@ -84,6 +89,7 @@ class TokenExpanderConfig(PreTrainedConfig):
     features: int | None = None
     width: int = 1024
     factor: int = 4
+    places: int | None = None
 
 
 class TokenAlignmentAdapterConfig(PreTrainedConfig):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specfuse.adapters.base import AdapterModel, zero
+from specfuse.adapters.base import AdapterModel, identity, zero
 from specfuse.adapters.configuration import (
     LightweightAdapterConfig,
     LinearAdapterConfig,
@@ -55,8 +55,7 @@ class LinearAdapter(AdapterModel):
 
     def _start(self, module: nn.Module) -> None:
         if module is self.linear and self.linear.in_features == self.linear.out_features:
-            nn.init.eye_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)
+            identity(self.linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., I] -> [..., D]``."""

@@ -37,7 +37,13 @@ def align(
 
     from specfuse.adapters import load_adapter
     from specfuse.train.adapter import trained_features
-    from specfuse.train.adapter_card import PUBLISHED_NOTE, note, rich_table, write_report_picture
+    from specfuse.train.adapter_card import (
+        PUBLISHED_NOTE,
+        note,
+        rich_table,
+        token_lines,
+        write_report_picture,
+    )
     from specfuse.train.adapter_report import align_report
     from specfuse.train.adapter_source import open_pairs
     from specfuse.train.presets import preset as find
@@ -66,5 +72,5 @@ def align(
 
         Console().print(rich_table(figures))
         print(f"{note(figures)}\n{PUBLISHED_NOTE}")
-    for name, value in figures.get("tokens", {}).items():
-        print(f"{name}: {value}")
+    if "tokens" in figures:
+        print(token_lines(figures["tokens"]))

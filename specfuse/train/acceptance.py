@@ -37,13 +37,38 @@ def chain_figures(hits: Sequence[Sequence[bool]], depth: int = DEPTH) -> dict[st
     return figures | {"tokens_per_pass": round(tokens / max(passes, 1), 3)}
 
 
+def block_figures(hits: Sequence[Sequence[Sequence[bool]]]) -> dict[str, float]:
+    """Tokens per pass of blocks of K tokens that are drafted at once, along known answers.
+
+    Args:
+        hits: for each answer and each of its tokens in order, which of the K drafts from there on are right.
+
+    Returns:
+        ``tokens_per_pass``: of passes that begin where the one before ended; ``right_in_a_row``: how many
+        drafts are right before the first wrong one, from every token on; 0 for what was never asked.
+    """
+    rows = [[_run(block) for block in blocks] for blocks in hits]
+    passes = 0
+    for runs in rows:
+        place = 0
+        while place < len(runs):
+            place += runs[place] + 1
+            passes += 1
+    tokens = sum(map(len, rows))
+    return {
+        "tokens_per_pass": round(tokens / max(passes, 1), 3),
+        "right_in_a_row": round(sum(map(sum, rows)) / max(tokens, 1), 3),
+    }
+
+
+def _run(hits: Sequence[bool]) -> int:
+    return next((i for i, hit in enumerate(hits) if not hit), len(hits))
+
+
 def _passes(row: Sequence[bool], depth: int) -> int:
     passes = place = 0
     while place < len(row):
-        run = 0
-        while run < depth and place + run < len(row) and row[place + run]:
-            run += 1
         # The target's own token behind the last right draft is emitted too.
-        place += run + 1
+        place += _run(row[place : place + depth]) + 1
         passes += 1
     return passes

@@ -22,6 +22,7 @@ from specfuse.train.loop import STATE, Budget, Progress, Report, check_run, read
 
 ABOUT = "alignment.json"
 RATE = 1e-3
+RATES = {"cross-attention": 3e-3, "expander": 3e-3}  # of kinds that learn places too
 WEIGHT_DECAY = 0.01
 BATCH_NUMBERS = 2**18  # of the targets of a step
 LARGEST_BATCH = 256  # samples
@@ -93,7 +94,7 @@ class AdapterTraining:
         self.adapter = build_adapter(settings.kind, pairs, settings.seed).to(settings.device)
         self.loss_of = make_loss(self.loss, self.adapter, pairs)
         self.train, self.validation = pairs.part("train"), pairs.part("validation")
-        groups = [{"params": list(self.adapter.parameters()), "rate": RATE}]
+        groups = [{"params": list(self.adapter.parameters()), "rate": RATES.get(settings.kind, RATE)}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=WEIGHT_DECAY)
         self.progress, self.checks = Progress(), Checks()
         self.best = copy.deepcopy(self.adapter.state_dict())
@@ -207,7 +208,7 @@ def train_adapter(
         "validation": round(training.checks.scores[training.checks.best], 4),
     }
     (directory / ABOUT).write_text(json.dumps(figures, indent=2) + "\n")
-    write_adapter_card(directory, training.adapter.num_parameters(), figures, settings.command)
+    write_adapter_card(directory, figures, settings.command)
     write_adapter_curves(directory, training.progress.losses, training.checks.scores, CHECK_EVERY)
     return figures
 

@@ -24,7 +24,7 @@ from specfuse.train.presets import Preset
 FEATURES = ("states", "drafts")
 HORIZON = 16  # tokens that a compression drafter predicts
 CONTEXT = 8  # tokens of the text that it reads
-EVERY = 4  # positions of an answer: neighbours say nearly the same
+EVERY = 4  # positions of an answer to learn from: neighbours say nearly the same
 EVERY_CLIP = 6  # of the clips that heads and drafters learn from
 
 
@@ -36,7 +36,7 @@ def decoder_pairs(
     cache: str | os.PathLike[str],
     report: Callable[[str, float, str], None] = lambda stage, share, text: None,
 ) -> Pairs:
-    """Pairs at every fourth token of the target's own answers about clips of the world.
+    """Pairs at every fourth token, of held-out clips at every token, of the target's answers about clips.
 
     - "states": the last hidden states of both models where they are about to say that token, the drafter
       having read the target's text so far and events instead of frames; with both language-model heads.
@@ -69,8 +69,9 @@ def decoder_pairs(
     )
     teacher = Teacher(target[0], tokenizer, clips, outputs, tower_states(drafter[0], Path(cache)))
     collect = _Collected(features, drafter[0], event_start(drafter[0], drafter[1].tokenizer))
+    measured = set(held_out.tolist())
     for index, clip in enumerate(teacher.clips):
-        collect.add(clip, teacher.about(clip))
+        collect.add(clip, teacher.about(clip), 1 if clip in measured else EVERY)
         report("features", (index + 1) / len(teacher.clips), f"{index + 1} of {len(teacher.clips)} clips")
     models = f"drafter {weights_digest(drafter[0])}, target {weights_digest(target[0])}"
     about = f"{features} along the target's answers about {len(chosen)} clips, {models}"
@@ -96,34 +97,40 @@ class _Collected:
         self.contexts: list[Tensor] = []
         self.clips: list[Tensor] = []
         self.rows: list[Tensor] = []
+        self.answers: list[Tensor] = []
+        self.answered = 0
 
     @torch.no_grad()
-    def add(self, clip: int, rows: HeadRows) -> None:
-        """Every answer about one clip."""
+    def add(self, clip: int, rows: HeadRows, every: int) -> None:
+        """Every answer about one clip, at one in ``every`` of its tokens."""
         before = sum(map(len, self.clips))
         if self.features == "states":
             states, said = drafter_states(self.drafter, self.start, rows, len(rows.tokens))
-            self.sources.append(states[said][::EVERY].half().cpu())
-            self.targets.append(rows.states[said][::EVERY].half().cpu())
+            self.sources.append(states[said][::every].half().cpu())
+            self.targets.append(rows.states[said][::every].half().cpu())
+            self.answers.append(self.answered + said.nonzero()[::every, 0].cpu())
         else:
-            self._windows(rows)
+            self._windows(rows, every)
+        self.answered += len(rows.tokens)
         new = sum(map(len, self.targets)) - before
         self.clips.append(torch.full((new,), clip))
 
-    def _windows(self, rows: HeadRows) -> None:
-        """Text before and after every fourth token that has 16 to follow."""
+    def _windows(self, rows: HeadRows, every: int) -> None:
+        """Text before and after tokens that have 16 to follow."""
         assert rows.events is not None
         seen = rows.events[:1].unflatten(1, (self.drafter.config.num_event_images, -1))
         self.sources.append(self.drafter.model.pool(seen).half().cpu())
         tokens = rows.tokens.cpu()
-        for text, first, length in zip(tokens, rows.first.tolist(), rows.lengths.tolist(), strict=True):
-            places = torch.arange(max(first, CONTEXT), length - HORIZON + 1, EVERY)
+        spans = zip(tokens, rows.first.tolist(), rows.lengths.tolist(), strict=True)
+        for answer, (text, first, length) in enumerate(spans):
+            places = torch.arange(max(first, CONTEXT), length - HORIZON + 1, every)
             if not len(places):
                 continue
             windows = text[places[:, None] + torch.arange(-CONTEXT, HORIZON)]
             self.contexts.append(windows[:, :CONTEXT])
             self.targets.append(windows[:, CONTEXT:])
             self.rows.append(torch.full((len(places),), len(self.sources) - 1))
+            self.answers.append(torch.full((len(places),), self.answered + answer))
 
     def pairs(self, head: Tensor, held_out: np.ndarray, about: str) -> Pairs:
         """All of it, with the heads."""
@@ -139,6 +146,7 @@ class _Collected:
             torch.isin(clips, torch.from_numpy(held_out)),
             context=None if states else torch.cat(self.contexts),
             rows=None if states else torch.cat(self.rows),
+            answers=torch.cat(self.answers),
             source_head=own,
             target_head=head if states else None,
             features=self.features,

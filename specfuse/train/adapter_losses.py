@@ -67,7 +67,11 @@ def _config(kind: str, pairs: Pairs) -> Any:
                 f"kind 'expander' needs tokens, a multiple of {list(source)}, got {list(target)}"
             )
         return TokenExpanderConfig(
-            in_features=source[-1], features=width, width=4 * width, factor=target[1] // source[1]
+            in_features=source[-1],
+            features=width,
+            width=4 * width,
+            factor=target[1] // source[1],
+            places=source[1],
         )
     if source[1:-1] != target[1:-1]:
         raise ValueError(
@@ -90,7 +94,13 @@ def _config(kind: str, pairs: Pairs) -> Any:
     if pairs.context is None or pairs.context.dim() != 3 or len(source) != 3:
         raise ValueError("kind 'cross-attention' needs pairs of tokens with a context [N, M, C]")
     heads = next(h for h in (32, 16, 8, 4, 2, 1) if width % h == 0 and width // h >= min(32, width))
-    return CrossAttentionAlignerConfig(features=width, context_features=pairs.context.shape[-1], heads=heads)
+    return CrossAttentionAlignerConfig(
+        features=width,
+        context_features=pairs.context.shape[-1],
+        heads=heads,
+        places=source[1],
+        context_places=pairs.context.shape[1],
+    )
 
 
 def run_adapter(adapter: AdapterModel, pairs: Pairs, samples: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 FORMAT = {"specfuse": "pairs", "version": "1"}
 HELD_OUT_SHARE = 0.2  # of the clips of a file that does not say which are held out
 VALIDATION_SHARE = 0.1  # of the clips that are trained on
-_OPTIONAL = ("context", "rows", "source_head", "target_head")
+_OPTIONAL = ("context", "rows", "answers", "source_head", "target_head")
 
 
 @dataclass(slots=True)
@@ -31,6 +31,8 @@ class Pairs:
         context: ``[N, M, C]`` tokens that a cross-attention aligner reads; for a compression drafter the
             last tokens of the text, ``[N, T]`` int64.
         rows: ``[N]`` int64, where several samples share one row of ``source``.
+        answers: ``[N]`` int64, the answer of each sample; those of a held-out answer stand in a row, one for
+            each token.
         source_head: ``[V, I]``, the drafter's language-model head where ``source`` goes with it.
         target_head: ``[V, D]``, the target's.
         features: what these are, e.g. "pooled".
@@ -46,6 +48,7 @@ class Pairs:
     held_out: Tensor
     context: Tensor | None = None
     rows: Tensor | None = None
+    answers: Tensor | None = None
     source_head: Tensor | None = None
     target_head: Tensor | None = None
     features: str = "file"
@@ -58,7 +61,8 @@ class Pairs:
         if self.source.dim() not in (2, 3) or not self.source.is_floating_point():
             found = f"{self.source.dtype} {list(self.source.shape)}"
             raise ValueError(f"source must be floats [N, I] or [N, L, I], got {found}")
-        for name, dtype in (("clips", torch.int64), ("held_out", torch.bool), ("rows", torch.int64)):
+        numbers = (("clips", torch.int64), ("rows", torch.int64), ("answers", torch.int64))
+        for name, dtype in (*numbers, ("held_out", torch.bool)):
             value = getattr(self, name)
             if value is not None and (value.shape != (count,) or value.dtype != dtype):
                 raise ValueError(f"{name} must be [{count}] {dtype}, got {list(value.shape)} {value.dtype}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,12 @@ from specfuse.adapters import AdapterModel, kind_of
 from specfuse.ops.adapter_cosine import adapter_cosine
 from specfuse.train.adapter_losses import logits_of, run_adapter, target_of
 from specfuse.train.adapter_pairs import Pairs, fit_width
+from specfuse.train.adapter_tokens import TokenScores, block_report, rounded
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 PERCENTILES = (10, 25, 50, 75, 90, 95, 99)
+ROWS = ("before", "context", "constant", "after")
+CENTRED = {"before": "b_centred", "after": "centred"}
 FUSED = ("linear", "residual-mlp", "lightweight")
 
 # The published alignment of EventGPT with Video-LLaVA, 1,042 held-out samples of DSEC, features of 150,528
@@ -46,19 +50,21 @@ def align_report(adapter: AdapterModel, pairs: Pairs) -> dict[str, Any]:
     """The figures of an adapter on the held-out samples.
 
     Cosine similarity with the target of what comes from the drafter as it is ("before"), from the adapter
-    ("after"), and of one vector that knows nothing of the clip, the mean target of training ("constant"):
-    features that share a large mean are similar to each other whatever they say. "centred" are the mean
-    cosines once that vector is taken away from both sides; there a constant scores nothing.
+    ("after"), and of the mean target of training, for tokens that of each place ("constant"), which knows
+    nothing of the clip: features that share a large mean are similar to each other whatever they say.
+    "centred" are the mean cosines once that mean is taken away from both sides; there a constant scores
+    nothing. Where the adapter reads tokens of the target, "context" are those as they are.
 
     Args:
-        adapter: in eval mode. Of a token-alignment adapter logits are compared, as log-probabilities.
+        adapter: in eval mode. Of a token-alignment adapter probabilities of tokens are compared.
         pairs: with held-out samples.
 
     Returns:
-        Kind, counts, rules; ``before``, ``constant`` and ``after`` with mean, std, min, max, percentiles and
-        the share accepted at each of ``THRESHOLDS``; ``centred``; ``published`` and, row by row, whether the
-        adapter does at least as well; ``tokens`` where pairs hold the target's head. A compression drafter
-        has ``tokens`` alone.
+        Kind, parameters, counts, rules; ``before``, ``constant``, ``after`` (and ``context``) with mean, std,
+        min, max, percentiles and the share accepted at each of ``THRESHOLDS``; ``centred``; ``published``
+        and, row by row of features, whether the adapter does at least as well; ``tokens`` where pairs hold
+        the target's head, see :mod:`specfuse.train.adapter_tokens`. A compression drafter has ``tokens``
+        alone.
 
     Raises:
         ValueError: pairs that the adapter cannot read.
@@ -66,35 +72,40 @@ def align_report(adapter: AdapterModel, pairs: Pairs) -> dict[str, Any]:
     kind, samples = kind_of(adapter), pairs.part("held_out")
     about = {
         "kind": kind,
+        "parameters": adapter.num_parameters(),
         "features": pairs.features,
         "pairs": pairs.about,
         "samples": len(samples),
         "clips": len(pairs.clips[samples].unique()),
     }
     if kind == "compression":
-        return about | {"tokens": {"right_by_depth": _right_by_depth(adapter, pairs, samples)}}
-    constant = _mean(lambda part: _normal(adapter, target_of(adapter, pairs, part)), pairs.part("train"))
-    scores: dict[str, list[Tensor]] = {n: [] for n in ("before", "constant", "after", "b_centred", "centred")}
-    matches: list[Tensor] = []
+        return about | {"tokens": block_report(adapter, pairs, samples)}
+    constant = _mean(lambda part: _compared(adapter, target_of(adapter, pairs, part)), pairs.part("train"))
+    scores: dict[str, list[Tensor]] = defaultdict(list)
+    tokens = (
+        TokenScores(adapter, pairs) if kind == "token-alignment" or pairs.target_head is not None else None
+    )
     for part in samples.split(128):
         t, y = target_of(adapter, pairs, part), run_adapter(adapter, pairs, part).detach()
-        if kind == "token-alignment" or pairs.target_head is not None:
-            head = None if kind == "token-alignment" else pairs.target_head
-            matches.append((logits_of(y, head).argmax(-1) == logits_of(t, head).argmax(-1)).flatten())
-        t, y = _normal(adapter, t), _normal(adapter, y)
+        if tokens is not None:
+            tokens.add(part, y, t)
+        t, y = _compared(adapter, t), _compared(adapter, y)
         x = _before(adapter, pairs, part, t)
         scores["before"].append(_cosine(x, t))
+        if pairs.context is not None and pairs.context.shape[1:] == t.shape[1:]:
+            scores["context"].append(_cosine(pairs.context[part].to(t.device), t))
         scores["constant"].append(_cosine(constant.expand_as(t), t))
         scores["after"].append(_score(adapter, pairs, part, y, t))
         scores["b_centred"].append(_cosine(x - constant, t - constant))
         scores["centred"].append(_cosine(y - constant, t - constant))
     joined = {name: torch.cat(values) for name, values in scores.items()}
-    rows = {name: describe(joined[name]) for name in ("before", "constant", "after")}
-    centred = {"before": _rounded(joined["b_centred"].mean()), "after": _rounded(joined["centred"].mean())}
+    centred = {name: rounded(joined.pop(key).mean()) for name, key in CENTRED.items()}
+    rows = {name: describe(values) for name, values in joined.items()}
+    reached = {} if kind == "token-alignment" else at_least(rows["after"])
     report = about | {"vectors": len(joined["after"]), "before_rule": before_rule(adapter, pairs)}
-    report |= {**rows, "centred": centred, "published": PUBLISHED, "at_least": at_least(rows["after"])}
-    if matches:
-        report["tokens"] = _agreement(joined["after"], torch.cat(matches))
+    report |= {**rows, "centred": centred, "published": PUBLISHED, "at_least": reached}
+    if tokens is not None:
+        report["tokens"] = tokens.figures(samples, joined["after"], THRESHOLDS)
     return report
 
 
@@ -104,27 +115,40 @@ def describe(scores: Tensor) -> dict[str, Any]:
     # torch.quantile takes 16 million at most; a million evenly spaced ones say the same.
     values = torch.quantile(scores[:: -(-len(scores) // 1_000_000)].double(), quantiles.to(scores.device))
     return {
-        "mean": _rounded(scores.mean()),
-        "std": _rounded(scores.std(correction=0)),
-        "min": _rounded(scores.min()),
-        "max": _rounded(scores.max()),
-        "percentiles": {p: _rounded(v) for p, v in zip(PERCENTILES, values, strict=True)},
-        "accepted": {t: _rounded((scores >= t).double().mean()) for t in THRESHOLDS},
+        "mean": rounded(scores.mean()),
+        "std": rounded(scores.std(correction=0)),
+        "min": rounded(scores.min()),
+        "max": rounded(scores.max()),
+        "percentiles": {p: rounded(v) for p, v in zip(PERCENTILES, values, strict=True)},
+        "accepted": {t: rounded((scores >= t).double().mean()) for t in THRESHOLDS},
     }
 
 
 def summary(figures: dict[str, Any]) -> dict[str, Any]:
     """The few figures of a report that one looks at first."""
-    told = {name: figures[name] for name in ("kind", "features", "samples", "clips")}
+    told = {name: figures[name] for name in ("kind", "parameters", "features", "samples", "clips")}
+    if "training" in figures:
+        training = figures["training"]
+        early = ", ended early" if training["stopped_early"] else ""
+        told["training"] = f"{training['steps']} steps in {training['seconds']} s, best at " + (
+            f"{training['best_step']}{early}"
+            if training["best_step"]
+            else f"its start{early}: nothing learned"
+        )
     if "after" in figures:
-        told["mean cosine"] = {name: figures[name]["mean"] for name in ("before", "constant", "after")}
+        told["mean cosine"] = {name: figures[name]["mean"] for name in ROWS if name in figures}
         told["mean centred"] = figures["centred"]
         told["at least 0.8"] = figures["after"]["accepted"][0.8]
+    if figures.get("at_least"):
         told["rows reached"] = f"{sum(figures['at_least'].values())} of {len(figures['at_least'])}"
-    if "match" in figures.get("tokens", {}):
-        told["same token"] = figures["tokens"]["match"]
-    if "right_by_depth" in figures.get("tokens", {}):
-        told["right next token"] = figures["tokens"]["right_by_depth"][0]
+    names = {"match": "same token", "accepted": "draws accepted"}
+    tokens = figures.get("tokens", {})
+    told |= {title: tokens[name] for name, title in names.items() if name in tokens}
+    if "right_by_depth" in tokens:
+        told["right next token"] = {when: values[0] for when, values in tokens["right_by_depth"].items()}
+    for name in ("chain", "block"):
+        if name in tokens:
+            told["tokens per pass"] = {when: v["tokens_per_pass"] for when, v in tokens[name].items()}
     return told
 
 
@@ -144,7 +168,7 @@ def at_least(after: dict[str, Any]) -> dict[str, bool]:
 def before_rule(adapter: AdapterModel, pairs: Pairs) -> str:
     """What "before" means for these pairs, as a sentence."""
     if kind_of(adapter) == "token-alignment":
-        return "the drafter's own log-probabilities"
+        return "the drafter's own probabilities of tokens"
     source, target = pairs.source.shape, pairs.target.shape
     rule = "the drafter's features as they are"
     if source[-1] > target[-1]:
@@ -158,7 +182,7 @@ def before_rule(adapter: AdapterModel, pairs: Pairs) -> str:
 def _before(adapter: AdapterModel, pairs: Pairs, samples: Tensor, target: Tensor) -> Tensor:
     source = pairs.sources(samples).to(target.device)
     if kind_of(adapter) == "token-alignment":
-        return logits_of(source, pairs.source_head).log_softmax(-1)
+        return logits_of(source, pairs.source_head).softmax(-1)
     if source.dim() == 3 and source.shape[1] != target.shape[1]:
         source = source.repeat_interleave(target.shape[1] // source.shape[1], 1)
     return fit_width(source, target.shape[-1])
@@ -180,36 +204,14 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
     return F.cosine_similarity(x.float(), y.float(), dim=-1).flatten()
 
 
-def _normal(adapter: AdapterModel, values: Tensor) -> Tensor:
-    return values.log_softmax(-1) if kind_of(adapter) == "token-alignment" else values
+def _compared(adapter: AdapterModel, values: Tensor) -> Tensor:
+    # Log-probabilities would all be alike: nearly every token is nearly impossible.
+    return values.softmax(-1) if kind_of(adapter) == "token-alignment" else values
 
 
 def _mean(values: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
     total, count = torch.zeros(()), 0
     for part in samples.split(256):
-        flat = values(part).flatten(0, -2)
-        total, count = total.to(flat.device) + flat.sum(0), count + len(flat)
+        found = values(part)
+        total, count = total.to(found.device) + found.sum(0), count + len(found)
     return total / count
-
-
-def _agreement(scores: Tensor, match: Tensor) -> dict[str, Any]:
-    """How often the most likely tokens agree, in all and among samples at or above each threshold."""
-    by_threshold = {
-        t: {"share": _rounded(kept.double().mean()), "match": _rounded(match[kept].double().mean())}
-        for t in THRESHOLDS
-        if (kept := scores >= t).any()
-    }
-    return {"match": _rounded(match.double().mean()), "match_at": by_threshold}
-
-
-@torch.no_grad()
-def _right_by_depth(adapter: AdapterModel, pairs: Pairs, samples: Tensor) -> list[float]:
-    right = [
-        run_adapter(adapter, pairs, part).argmax(-1) == target_of(adapter, pairs, part)
-        for part in samples.split(128)
-    ]
-    return [_rounded(value) for value in torch.cat(right).double().mean(0)]
-
-
-def _rounded(value: Tensor) -> float:
-    return round(float(value), 4)
