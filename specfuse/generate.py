@@ -214,8 +214,7 @@ class SpeculativeGenerator:
 
     def _learn(self, state: DraftState) -> None:
         if self.drafter is not None:
-            for row, answer in enumerate(state.answers):
-                self.drafter.observe(answer, question=state.question(row))
+            self.drafter.learn(state)
 
 
 def _hand_over(

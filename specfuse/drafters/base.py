@@ -108,6 +108,11 @@ class Drafter:
     def observe(self, tokens: Sequence[int], question: Sequence[int] = ()) -> None:
         """Called once with every finished answer (token ids) and its question. Learns nothing by default."""
 
+    def learn(self, state: DraftState) -> None:
+        """Called once at the end of a call, with all its answers; shows each row to :meth:`observe`."""
+        for row, answer in enumerate(state.answers):
+            self.observe(answer, question=state.question(row))
+
 
 def root_only(state: DraftState) -> TokenTree:
     """Trees that propose nothing: plain decoding for this pass."""

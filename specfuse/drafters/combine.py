@@ -71,6 +71,10 @@ class CombinedDrafter(Drafter):
         for drafter in self.drafters:
             drafter.observe(tokens, question=question)
 
+    def learn(self, state: DraftState) -> None:
+        for drafter in self.drafters:
+            drafter.learn(state)
+
     def _merge(self, rows: list[_Row], root: int, max_nodes: int) -> tuple[list[int], list[int], list[float]]:
         tokens, parents, probs = [root], [-1], [1.0]
         index: dict[tuple[int, int], int] = {}

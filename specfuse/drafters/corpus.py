@@ -26,6 +26,9 @@ _DTYPES = (np.int32, np.int64, np.uint64, np.uint64, np.float32)
 _REACH = 256
 _MAX_ID = 2**31 - 1
 
+# Of a row: tokens, parents (-1 hangs from the root), probabilities of the paths; [n] each.
+Draft = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 
 class CorpusDrafter(Drafter):
     """Drafts from the answers that this object has seen before, whatever model gave them.
@@ -65,25 +68,26 @@ class CorpusDrafter(Drafter):
 
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
         """See :meth:`Drafter.propose`. No deeper than ``remaining - 1``: what lies beyond cannot be used."""
-        known = state.memory.get(id(self))
-        if known is None:
-            hints = state.evidence or [None] * state.batch_size
-            known = state.memory[id(self)] = [
-                (_scope(state.question(b)), _evidence(hints[b])) for b in range(state.batch_size)
-            ]
-        drafts = []
-        for b, (scope, evidence) in enumerate(known):
-            answer = state.answers[b]
-            drafted = self._index.propose(
-                np.array(answer[-_REACH:], dtype=np.int32),
-                skipped=max(len(answer) - _REACH, 0),
-                scope=scope,
-                evidence=evidence,
-                max_nodes=max_nodes,
-                max_depth=max(state.remaining[b] - 1, 0) if state.active[b] else 0,
-            )
-            drafts.append(_within(state.vocab_size, *drafted))
-        return _as_trees([state.root(b) for b in range(state.batch_size)], drafts)
+        drafts = [self.draft_row(state, b, max_nodes) for b in range(state.batch_size)]
+        return as_trees([state.root(b) for b in range(state.batch_size)], drafts)
+
+    def draft_row(self, state: DraftState, row: int, max_nodes: int) -> Draft:
+        """The nodes of one row's tree, without its root."""
+        known = state.memory.setdefault(id(self), {})
+        if row not in known:
+            hint = state.evidence[row] if state.evidence else None
+            known[row] = (_scope(state.question(row)), _evidence(hint))
+        scope, evidence = known[row]
+        answer = state.answers[row]
+        drafted = self._index.propose(
+            np.array(answer[-_REACH:], dtype=np.int32),
+            skipped=max(len(answer) - _REACH, 0),
+            scope=scope,
+            evidence=evidence,
+            max_nodes=max_nodes,
+            max_depth=max(state.remaining[row] - 1, 0) if state.active[row] else 0,
+        )
+        return _within(state.vocab_size, *drafted)
 
     # ---------------------------------------------------------------- learning
 
@@ -191,9 +195,7 @@ def _read(path: Path) -> list[np.ndarray]:
     return arrays
 
 
-def _within(
-    vocab_size: int | None, tokens: np.ndarray, parents: np.ndarray, probs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _within(vocab_size: int | None, tokens: np.ndarray, parents: np.ndarray, probs: np.ndarray) -> Draft:
     """The draft without ids that the target does not have, and without what hangs below them."""
     if vocab_size is None or not (tokens >= vocab_size).any():
         return tokens, parents, probs
@@ -205,7 +207,7 @@ def _within(
     return tokens[kept], np.array([place[parents[node]] for node in kept], dtype=np.int32), probs[kept]
 
 
-def _as_trees(roots: list[int], drafts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> TokenTree:
+def as_trees(roots: list[int], drafts: list[Draft]) -> TokenTree:
     """Drafts behind their roots, padded to the widest."""
     counts = np.array([1 + len(tokens) for tokens, _, _ in drafts], dtype=np.int32)
     shape = (len(drafts), int(counts.max(initial=0)))
