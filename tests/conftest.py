@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,32 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from specfuse.models.tiny import init_tiny
 
     return init_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def drawn_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blocks of clips that some module has drawn already."""
+    return tmp_path_factory.mktemp("drawn")
+
+
+@pytest.fixture(scope="module")
+def world_cache(drawn_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A module's cache of the driving world: small blocks, events of few pictures a second.
+
+    What is drawn is shared between modules; answers and features, which depend on weights, are not.
+    """
+    from specfuse.train import clip_store, event_store
+
+    cache = tmp_path_factory.mktemp("world")
+    for block in drawn_clips.iterdir():
+        os.link(block, cache / block.name)
+    event_store._version.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_store, "RATE", 8)
+        for store in (clip_store, event_store):
+            patch.setattr(store, "BLOCK", 2)
+        yield cache
+    event_store._version.cache_clear()
+    for block in cache.glob("*.npz"):
+        if not (drawn_clips / block.name).exists():
+            os.link(block, drawn_clips / block.name)

@@ -13,7 +13,7 @@ from tiny_models import randomize
 from specfuse.cli.main import run
 from specfuse.data.world import split
 from specfuse.models.checkpoint import load_eventgpt, load_video_llava
-from specfuse.train import adapter_decoder, adapter_source, clip_store, event_store
+from specfuse.train import adapter_decoder, adapter_source
 from specfuse.train.adapter_decoder import decoder_pairs
 from specfuse.train.adapter_source import open_pairs
 from specfuse.train.batches import pixels, prompt_end
@@ -31,23 +31,18 @@ HORIZON, CONTEXT = 4, 3
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
     """Few clips, short answers, events of few pictures a second."""
-    event_store._version.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(event_store, "RATE", 8)
-        for store in (clip_store, event_store):
-            patch.setattr(store, "BLOCK", 1)
         patch.setattr("specfuse.train.outputs.LONGEST", 14)
         patch.setattr(adapter_decoder, "HORIZON", HORIZON)
         patch.setattr(adapter_decoder, "CONTEXT", CONTEXT)
         patch.setattr(adapter_source, "MICRO_HELD_OUT", 1)
         patch.setitem(adapter_source.TRAIN_CLIPS, "micro", 3)
         yield
-    event_store._version.cache_clear()
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("world")
+def cache(world_cache: Path) -> Path:
+    return world_cache
 
 
 @pytest.fixture(scope="module")

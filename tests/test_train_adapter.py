@@ -20,7 +20,10 @@ from specfuse.train.adapter_report import align_report
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-def test_every_kind_learns_and_its_directory_says_how_well(kind: str, tmp_path: Path) -> None:
+def test_every_kind_learns_and_its_directory_says_how_well(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specfuse.train.adapter_losses.SMALL_WIDTH", 16)
     pairs = PAIRS[kind]()
     settings = AdapterSettings(tmp_path / "out", kind=kind, steps=120, minutes=9)
     untrained = align_report(build_adapter(kind, pairs, 0).eval(), pairs)

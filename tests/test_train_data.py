@@ -21,8 +21,8 @@ from specfuse.train.tokenizer import PROMPT, train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("world")
+def cache(world_cache: Path) -> Path:
+    return world_cache
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 import specfuse
 from specfuse.cli.main import run
 from specfuse.models.checkpoint import load_eventgpt, load_video_llava
-from specfuse.train import clip_store, event_store, loop
+from specfuse.train import event_store, loop
 from specfuse.train.acceptance import chain_figures
 from specfuse.train.batches import generator, pixels, prompt_end, prompt_start
 from specfuse.train.build import build_drafter, build_drafter_processor, build_model, build_processor
@@ -43,19 +43,14 @@ STEPS = 4
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
     """Short answers, few clips drawn beside those asked for, events of few pictures a second."""
-    event_store._version.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(event_store, "RATE", 8)
-        for store in (clip_store, event_store):
-            patch.setattr(store, "BLOCK", 2)
         patch.setattr("specfuse.train.outputs.LONGEST", 16)
         yield
-    event_store._version.cache_clear()
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("world")
+def cache(world_cache: Path) -> Path:
+    return world_cache
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import specfuse
 from specfuse.cli.main import run
 from specfuse.data.world import events
 from specfuse.models.checkpoint import load_eventgpt, load_tokenizer
-from specfuse.train import clip_store, event_store, loop
+from specfuse.train import event_store, loop
 from specfuse.train.batches import pixels, rows
 from specfuse.train.build import build_model, build_processor
 from specfuse.train.clip_store import load_clips
@@ -36,21 +35,9 @@ from specfuse.train.vision import read_last_layer
 STEPS = (3, 4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small() -> Iterator[None]:
-    """Few clips drawn beside those asked for, and events of few pictures a second."""
-    event_store._version.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(event_store, "RATE", 8)
-        for store in (clip_store, event_store):
-            patch.setattr(store, "BLOCK", 2)
-        yield
-    event_store._version.cache_clear()
-
-
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("world")
+def cache(world_cache: Path) -> Path:
+    return world_cache
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from specfuse.train.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Clips:
-    return load_clips([1, 4, 5, 7, 9], tmp_path_factory.mktemp("world"))
+def clips(world_cache: Path) -> Clips:
+    return load_clips([1, 4, 5, 7, 9], world_cache)
 
 
 @pytest.fixture(scope="module")

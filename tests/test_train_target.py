@@ -30,8 +30,8 @@ STEPS = (3, 4)
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("world")
+def cache(world_cache: Path) -> Path:
+    return world_cache
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,14 @@ def stopped_at(stage: str, step: int) -> Callable[[str, float, str], None]:
     return report
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out what is measured and written after training: only weights are looked at."""
+    for name in ("examine", "write_reports"):
+        monkeypatch.setattr(f"specfuse.train.target.{name}", lambda *arguments, **named: None)
+
+
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(("stage", "step"), [("vision", 2), ("language", 1), ("language", 3)])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     settings: Settings, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, step: int
@@ -105,6 +113,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     train_target(replace(part, resume=True))
     for name, value in weights_of(trained).items():
         assert torch.equal(value, weights_of(part.directory)[name]), name
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_another_seed_ends_elsewhere(settings: Settings, trained: Path, tmp_path: Path) -> None:
     other = replace(settings, directory=tmp_path / "other", seed=4)
     train_target(other)
     assert any(not torch.equal(v, weights_of(other.directory)[n]) for n, v in weights_of(trained).items())
@@ -198,6 +210,7 @@ def test_quick_answers_are_those_of_generate(trained: Path, cache: Path) -> None
         assert answer == processor.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_both_stages_learn(settings: Settings, tmp_path: Path) -> None:
     longer = replace(settings, directory=tmp_path, steps=(60, 25))
     train_target(longer)

@@ -22,7 +22,7 @@ from specfuse.train.loop import STATE, Budget, Progress, Report, check_run, read
 
 ABOUT = "alignment.json"
 RATE = 1e-3
-RATES = {"cross-attention": 3e-3, "expander": 3e-3}  # of kinds that learn places too
+RATES = {"cross-attention": 3e-3, "expander": 5e-3}  # of kinds that learn places too
 WEIGHT_DECAY = 0.01
 BATCH_NUMBERS = 2**18  # of the targets of a step
 LARGEST_BATCH = 256  # samples
