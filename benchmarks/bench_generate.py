@@ -17,8 +17,8 @@ evenly over it, and "earlier answers" have been remembered as they would have be
 "unpredictable" replays random tokens. Sizes and prompts: end_to_end/shapes.py.
 
 Hugging Face's assisted generation hands its assistant the prompt's ids and no pixels, whatever the assistant
-is: a drafter that sees the video has no row there. Prompt lookup may not draft the video's placeholders, on
-which it would fail.
+is: those rows are called blind, and one that sees the video does not exist. Prompt lookup may not draft the
+video's placeholders, on which it would fail.
 """
 
 from __future__ import annotations

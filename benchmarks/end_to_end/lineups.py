@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,9 @@ def miniature_lineup(model: Any, processor: Any, nodes: Nodes, compiled: bool) -
     """Drafters with the shipped weights; one whose weights do not ship is left out."""
     ships, first = miniature.shipped(), nodes[0]
     found: list[System] = [*hugging_face(model, compiled), Specfuse(PLAIN, model, lambda: None)]
+
+    # The best drafter there is, if it were handed the video.
+    found.insert(3, assisted("HF assisted, a copy of the target, blind", model, copy.deepcopy(model)))
 
     def add(name: str, make: Any, size: int | str = first, sees: Any = None) -> None:
         found.append(Specfuse(named(name, size), model, make, size, sees=sees))

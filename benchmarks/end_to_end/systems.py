@@ -179,5 +179,10 @@ def hugging_face(model: Any, compiled: bool) -> list[System]:
 
 
 def assisted(name: str, model: Any, assistant: Any) -> HuggingFace:
-    """Hugging Face's assisted generation: the assistant gets the prompt's ids and nothing of the video."""
+    """Hugging Face's assisted generation: the assistant gets the prompt's ids and nothing of the video.
+
+    transformers before 5.18 hands pixels to a text model's ``generate``, which then refuses them; its forward
+    does not look at them.
+    """
+    assistant._validate_model_kwargs = lambda model_kwargs: None
     return HuggingFace(name, model, counted=True, assistant_model=assistant)
