@@ -35,7 +35,7 @@ import torch
 from end_to_end import inputs, lineups, shapes, table
 from end_to_end.contest import Differs, run, warm_up
 from end_to_end.replayed import Script, hook_us
-from end_to_end.systems import Asked, System
+from end_to_end.systems import Asked, System, attend
 
 from specfuse import demo
 from specfuse.data import miniature
@@ -167,6 +167,8 @@ def choose(systems: Sequence[System], only: Sequence[str] | None, device: str) -
 def curve_of(model: Any, asked: Asked) -> list[dict[str, Any]]:
     """T(n): what a pass over n nodes costs behind this prompt."""
     asked.prepare()
+    if model.device.type == "cuda":
+        attend(model, "specfuse_tree")
     sample = {**asked.inputs, "max_new_tokens": max(asked.limit, 8), "do_sample": False}
     times = pass_times(model, [sample], LENGTHS, rounds=9)
     rows = [{"drafted": n, **table.percentiles([ms / 1e3 for ms in times[n]])} for n in LENGTHS]

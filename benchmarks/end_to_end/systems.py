@@ -72,7 +72,7 @@ class System:
         """What is not timed."""
         if self.attention is not None:
             # Competitors share the weights, and with them the configuration.
-            self.model.config.get_text_config()._attn_implementation = self.attention
+            attend(self.model, self.attention)
 
     def answer(self, asked: Asked, streamer: Any) -> Tensor:
         """The sequence, prompt included."""
@@ -152,6 +152,11 @@ class Specfuse(System):
         )
         self.stats = self.generator.last_stats
         return sequences
+
+
+def attend(model: Any, implementation: str) -> None:
+    """Changes how the language model attends, and nothing about the vision tower."""
+    model.config.get_text_config()._attn_implementation = implementation
 
 
 def hugging_face(model: Any, compiled: bool) -> list[System]:
