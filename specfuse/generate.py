@@ -37,6 +37,7 @@ def generate(
     drafter: Drafter | str | None = "auto",
     *,
     max_nodes: int | str = 32,
+    graphs: bool | str = "auto",
     seed: int | Sequence[int] | Tensor | None = None,
     draft_inputs: Mapping[str, Tensor] | None = None,
     events: Any = None,
@@ -54,6 +55,8 @@ def generate(
             decoding.
         max_nodes: drafted tokens that one pass may verify per row, or ``"auto"``: up to 64, as many as pay by
             the costs of passes measured on the way, none where none do.
+        graphs: whether a step on a GPU is one CUDA graph: "auto" where nothing stands in the way, True to
+            insist, False never. The cache of the last call is kept for the next one then.
         seed: for sampling: an int (row b uses ``seed + b``) or B ints. The same seed gives the same tokens
             with any drafter, None included. None draws one from torch's default generator.
         draft_inputs: inputs for the drafter alone (its own prompt, its own pixels), where it takes any: a row
@@ -75,7 +78,7 @@ def generate(
         FloatingPointError: the model's logits leave no token to choose: NaN, all -inf (also where processors
             ban every token), or +inf when sampling.
     """
-    generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes)
+    generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes, graphs=graphs)
     return generator.generate(
         seed=seed, draft_inputs=draft_inputs, events=events, evidence=evidence, **kwargs
     )
@@ -85,6 +88,7 @@ def custom_generate(
     drafter: Drafter | str | None = "auto",
     *,
     max_nodes: int | str = 32,
+    graphs: bool | str = "auto",
     seed: int | Sequence[int] | Tensor | None = None,
     draft_inputs: Mapping[str, Tensor] | None = None,
     events: Any = None,
@@ -100,7 +104,7 @@ def custom_generate(
     def decode(
         model: PreTrainedModel, input_ids: Tensor, **prepared: Any
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes)
+        generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes, graphs=graphs)
         request = {"seed": seed, "draft_inputs": draft_inputs, "events": events}
         request |= {"evidence": evidence, "streamer": streamer}
         return generator._decode(model, input_ids, request, **prepared)
@@ -113,7 +117,7 @@ class SpeculativeGenerator:
 
     Args:
         model: the target.
-        drafter, max_nodes: as for :func:`generate`.
+        drafter, max_nodes, graphs: as for :func:`generate`.
 
     Attributes:
         last_stats: :class:`GenerationStats` of the last finished call.
@@ -121,11 +125,18 @@ class SpeculativeGenerator:
     """
 
     def __init__(
-        self, model: PreTrainedModel, drafter: Drafter | str | None = "auto", *, max_nodes: int | str = 32
+        self,
+        model: PreTrainedModel,
+        drafter: Drafter | str | None = "auto",
+        *,
+        max_nodes: int | str = 32,
+        graphs: bool | str = "auto",
     ):
         if max_nodes != "auto" and not (isinstance(max_nodes, int) and 1 <= max_nodes <= 1023):
             raise ValueError(f"max_nodes must be 'auto' or an int from 1 to 1023, got {max_nodes!r}")
-        self.model = model
+        if graphs != "auto" and not isinstance(graphs, bool):
+            raise ValueError(f"graphs must be 'auto', True or False, got {graphs!r}")
+        self.model, self.graphs = model, graphs
         self.drafter = resolve_drafter(drafter, model)
         self.sizes_itself = max_nodes == "auto"
         self.max_nodes = LARGEST if isinstance(max_nodes, str) else max_nodes
@@ -173,6 +184,7 @@ class SpeculativeGenerator:
         run = GenerationRun(
             model, answers, generation_config, logits_processor, model_kwargs, request, self.max_nodes
         )
+        run.use_graphs(self.graphs)
         pace = self._pace(input_ids)
         run.target.keeps_states = self.drafter is not None and self.drafter.needs_target
 

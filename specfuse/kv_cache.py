@@ -47,6 +47,12 @@ class TreeCacheLayer(CacheLayerMixin):
         """Writes ``[B, G, q, D]`` new rows; returns the keys and values up to the longest row."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.cache.static_slots is not None:
+            # Addresses and shapes that never change, so that the pass can be captured in a graph.
+            row, slot = self.cache.static_slots
+            self.keys[row, :, slot] = key_states.transpose(1, 2)
+            self.values[row, :, slot] = value_states.transpose(1, 2)
+            return self.keys, self.values
         count = key_states.shape[-2]
         end = self.cache.longest + self.pending + count
         if end > self.keys.shape[2]:
@@ -111,6 +117,11 @@ class TreeCache(Cache):
         num_layers: decoder layers of the model.
         batch_size: B.
         capacity: slots reserved per row; grows by doubling when a row outgrows it.
+
+    Attributes:
+        static_slots: index tensors ``[B, 1]`` and ``[B, q]`` where a pass writes instead of behind the
+            committed slots; it is then given all slots of the buffers. None: as usual.
+        path_kept: the last tree's accepted path lies behind the prefix already.
     """
 
     def __init__(self, num_layers: int, batch_size: int, capacity: int):
@@ -118,6 +129,8 @@ class TreeCache(Cache):
         self.lengths = [0] * batch_size
         self.longest = 0
         self.ragged = False  # rows start at different slots
+        self.static_slots: tuple[Tensor, Tensor] | None = None
+        self.path_kept = False
         self._slots: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._lengths_on_device: Tensor | None = None
         super().__init__(layers=[TreeCacheLayer(self) for _ in range(num_layers)])
@@ -150,14 +163,30 @@ class TreeCache(Cache):
         self.ragged = min(self.lengths, default=0) != self.longest
         self._slots.clear()
         self._lengths_on_device = None
+        self.path_kept = False
         for layer in self.layers:
             layer.pending = 0
 
     def keep_path(self, path: Tensor, length: Tensor, root_slots: list[int]) -> None:
         """Moves each row's accepted nodes behind its root: node path[b, i] to slot root_slots[b] + i."""
-        buffers = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
+        if self.path_kept:
+            return
         start = torch.tensor(root_slots, dtype=torch.int64, device=path.device)
-        compact_kv(buffers, path, length, start)
+        compact_kv(self.buffers(), path, length, start)
+
+    def buffers(self) -> list[Tensor]:
+        """Keys and values of every layer, ``[B, G, capacity, D]`` each; none before the first pass."""
+        if not all(layer.is_initialized for layer in self.layers):
+            return []
+        return [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
+
+    def adopt(self, buffers: list[Tensor]) -> None:
+        """Takes another cache's buffers of the same batch and model, whatever they hold."""
+        self.capacity = buffers[0].shape[2]
+        for layer, keys, values in zip(self.layers, buffers[::2], buffers[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+            layer.dtype, layer.device = keys.dtype, keys.device
+            layer.is_initialized = True
 
     def load(self, past: Cache, window: int | None = None) -> int:
         """Copies another cache's rows to the front; returns how many slots that filled.

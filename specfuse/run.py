@@ -16,6 +16,7 @@ from specfuse.drafters import DraftState, root_only
 from specfuse.drafters.guard import leave_out_finished
 from specfuse.drafters.scenes import rows_of_events
 from specfuse.stats import GenerationStats
+from specfuse.step_graph import GraphedSteps, graphs_of
 from specfuse.tree import TokenTree
 from specfuse.tree_forward import MAX_MASKED_PREFILL, TreeForward
 from specfuse.verify import TokenChoice, Verified, check_distributions, verify
@@ -63,6 +64,7 @@ class GenerationRun:
         seeds = row_seeds(request["seed"], batch, config.do_sample).to(model.device)
         self.choice = TokenChoice.from_config(processors, config, seeds, batch)
         self.state = self._draft_state(request)
+        self.graphed: GraphedSteps | None = None
         self.scores: list[list[Tensor]] = [[] for _ in range(batch)]
         self.logits: list[list[Tensor]] = [[] for _ in range(batch)]
 
@@ -132,6 +134,12 @@ class GenerationRun:
             return []
         return [self.answers.sequence(row) for row in range(len(self.answers.prompts))]
 
+    def use_graphs(self, graphs: bool | str) -> None:
+        """Lets steps run as CUDA graphs, see :func:`specfuse.step_graph.graphs_of`. Before the first step."""
+        kept = graphs_of(self.target, self.choice, graphs)
+        if kept is not None:
+            self.graphed = kept.open(self.target, self.choice)
+
     def first_step(self, tree: TokenTree) -> tuple[TokenTree, Verified, Committed]:
         """The prompt's pass; returns the tree it carried and what was decided."""
         logits, tree = self.prefill(tree)
@@ -141,7 +149,12 @@ class GenerationRun:
     def step(self, tree: TokenTree) -> tuple[Verified, Committed]:
         """One pass over the tree, and what was decided, on the device and on the host."""
         positions = self.root_positions
-        logits = self.target.forward_tree(tree, self._ids(positions))
+        ids = self._ids(positions)
+        if self.graphed is not None:
+            done = self.graphed.step(tree, ids, positions)
+            if done is not None:
+                return Verified(done[0], None, None), self._committed(*_columns_of(done[1]))
+        logits = self.target.forward_tree(tree, ids)
         verified = verify(logits, tree, self.choice, positions, self.sequences())
         return verified, self.read(verified)
 
@@ -163,8 +176,10 @@ class GenerationRun:
         else:
             # One transfer, and so one wait for the device.
             columns = [accepted.path.long(), accepted.length.long()[:, None], accepted.next_token[:, None]]
-            packed = torch.cat(columns, dim=1).tolist()
-            paths, lengths, next_tokens = packed, [row[-2] for row in packed], [row[-1] for row in packed]
+            paths, lengths, next_tokens = _columns_of(torch.cat(columns, dim=1).tolist())
+        return self._committed(paths, lengths, next_tokens)
+
+    def _committed(self, paths: list[list[int]], lengths: list[int], next_tokens: list[int]) -> Committed:
         check_distributions(next_tokens, lengths)
         return [row[:length] for row, length in zip(paths, lengths, strict=True)], lengths, next_tokens
 
@@ -205,6 +220,13 @@ class GenerationRun:
         self.state.hidden.append((torch.take_along_dim(states, nodes[..., None], dim=1), added))
 
     def result(self, stats: GenerationStats) -> GenerateDecoderOnlyOutput | Tensor:
+        """What ``model.generate`` returns; the call has ended well."""
+        output = self._output(stats)
+        if self.graphed is not None:
+            self.graphed.close()
+        return output
+
+    def _output(self, stats: GenerationStats) -> GenerateDecoderOnlyOutput | Tensor:
         if self.answers.streamer is not None:
             self.answers.streamer.end()
         sequences = self.answers.sequences()
@@ -246,6 +268,11 @@ class GenerationRun:
             torch.stack([row[column] if column < len(row) else filler for row in rows])
             for column in range(self.answers.width)
         )
+
+
+def _columns_of(packed: list[list[int]]) -> Committed:
+    """Paths (and what stands behind them), lengths and next tokens of rows that end in the latter two."""
+    return packed, [row[-2] for row in packed], [row[-1] for row in packed]
 
 
 def visual_token_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -19,6 +19,7 @@ from transformers import Cache, PreTrainedModel
 from specfuse.attention import NAME as TREE_ATTENTION
 from specfuse.attention import TreeMask
 from specfuse.kv_cache import TreeCache
+from specfuse.mask_layout import head_dim, mask_layout
 from specfuse.ops.tree_attention import MAX_NODES, beats_dense_mask
 from specfuse.prompt_mask import PromptTreeMask
 from specfuse.step_mask import StepMask
@@ -50,14 +51,14 @@ class TreeForward:
     ):
         self.model, self.device = model, model.device
         self.config = model.config.get_text_config(decoder=True)
-        self.layout = _mask_layout(model, self.config)
+        self.layout = mask_layout(model, self.config)
         self.parameters = inspect.signature(model.forward).parameters
         if "position_ids" not in self.parameters:
             raise ValueError(f"model {type(model).__name__}: forward takes no position_ids, trees need them")
         self.cache = TreeCache(self.config.num_hidden_layers, batch_size, capacity)
         self.max_position = max_position
         self.takes_tree = self.layout.implementation == TREE_ATTENTION and beats_dense_mask(
-            model.dtype, _head_dim(self.config), self.device
+            model.dtype, head_dim(self.config), self.device
         )
         self.keeps_states = False
         """Whether passes keep what the decoder hands to the language-model head, after its final norm."""
@@ -144,9 +145,11 @@ class TreeForward:
         return self._run(tokens, positions, self._step_mask(tail_mask, positions))
 
     def _run(self, tokens: Tensor, positions: Tensor, mask: Any) -> Tensor:
-        logits = self._call(
-            input_ids=tokens.to(self.device), position_ids=positions.to(self.device), attention_mask=mask
-        )
+        return self.call_on_device(tokens.to(self.device), positions.to(self.device), mask)
+
+    def call_on_device(self, tokens: Tensor, positions: Tensor, mask: Any) -> Tensor:
+        """A pass over tensors on the device under a given mask; logits ``[B, q, V]``."""
+        logits = self._call(input_ids=tokens, position_ids=positions, attention_mask=mask)
         if isinstance(mask, TreeMask) and not mask.read:
             raise ValueError(
                 f"model {type(self.model).__name__} does not attend through transformers' "
@@ -265,7 +268,7 @@ class TreeForward:
             self._mask = StepMask(self.valid)
         lengths, longest = self.cache.lengths, self.cache.longest
         mask = self._mask.of(tree, lengths, longest + tree.width, self.cache.capacity)
-        return None if mask is None else self._as_attention_mask(mask)
+        return None if mask is None else self.as_attention_mask(mask)
 
     def _step_mask(self, tail_mask: Tensor | None, positions: Tensor) -> Any:
         lengths, longest, pending = self.cache.lengths, self.cache.longest, self.cache.pending
@@ -328,17 +331,18 @@ class TreeForward:
 
     def _finish_mask(self, mask: Tensor, query_slots: Tensor, key_slots: Tensor | None) -> Any:
         """[B, q, k] bool -> what attention takes: 4-D, additive for eager, a dict where layers differ."""
-        full = self._as_attention_mask(mask)
+        full = self.as_attention_mask(mask)
         if not self.layout.windowed:
             return full
         assert key_slots is not None and self.layout.window is not None
         distance = query_slots[:, :, None] - key_slots[:, None, :]
-        windowed = self._as_attention_mask(mask & (distance < self.layout.window))
+        windowed = self.as_attention_mask(mask & (distance < self.layout.window))
         if self.layout.mixed:
             return {"full_attention": full, "sliding_attention": windowed}
         return windowed
 
-    def _as_attention_mask(self, mask: Tensor) -> Tensor:
+    def as_attention_mask(self, mask: Tensor) -> Tensor:
+        """``[B, q, k]`` bool -> ``[B, 1, q, k]`` as the model's attention wants it."""
         mask = mask[:, None]
         if self.layout.implementation != "eager":
             return mask
@@ -347,47 +351,3 @@ class TreeForward:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
             ~mask, torch.finfo(dtype).min
         )
-
-
-class _MaskLayout:
-    """What kinds of attention a model's layers use: full, sliding, or both."""
-
-    def __init__(self, implementation: str, window: int | None, mixed: bool):
-        self.implementation = implementation
-        self.window = window
-        self.windowed = window is not None
-        self.mixed = mixed
-
-
-def _head_dim(config: Any) -> int:
-    given = getattr(config, "head_dim", None)
-    return given or config.hidden_size // config.num_attention_heads
-
-
-def _mask_layout(model: PreTrainedModel, config: Any) -> _MaskLayout:
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"model {name} is an encoder-decoder, only decoder-only models can be accelerated")
-    devices = set(getattr(model, "hf_device_map", {}).values())
-    if len(devices) > 1:
-        raise ValueError(
-            f"model {name} is split over devices {sorted(map(str, devices))}; only models on one device can "
-            "be accelerated so far"
-        )
-    implementation = config._attn_implementation
-    if implementation not in ("sdpa", "eager", TREE_ATTENTION):
-        raise ValueError(
-            f"attn_implementation={implementation!r} of {name} takes no tree mask; load the model with "
-            f"attn_implementation={TREE_ATTENTION!r} (fast for trees in float16 and bfloat16 on a GPU, sdpa "
-            "elsewhere), 'sdpa' or 'eager'"
-        )
-    kinds = set(getattr(config, "layer_types", None) or [])
-    unknown = kinds - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise ValueError(f"model {name} has layers of type {sorted(unknown)}, which can not be rolled back")
-    window = getattr(config, "sliding_window", None)
-    if kinds and "sliding_attention" not in kinds:
-        window = None
-    if not kinds and not getattr(config, "use_sliding_window", True):
-        window = None
-    return _MaskLayout(implementation, window, mixed=len(kinds) == 2)

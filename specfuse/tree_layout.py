@@ -62,13 +62,17 @@ def holds_foreign_tokens(tree: TokenTree, limit: int | None, refused: Collection
     return bool(foreign.any())
 
 
-def node_positions(tree: TokenTree, roots: Tensor, largest: int | None = None) -> Tensor:
+def node_positions(
+    tree: TokenTree, roots: Tensor, largest: int | None = None, out: Tensor | None = None
+) -> Tensor:
     """``[B, N]`` int64 position ids: the roots' ``[B]`` plus depth, none above ``largest``."""
     if not is_plain(tree) or not roots.is_cpu:
         positions = tree.positions(roots)
-        return positions if largest is None else positions.clamp(max=largest)
+        positions = positions if largest is None else positions.clamp(max=largest)
+        return positions if out is None else out.copy_(positions)
     roots = roots.to(torch.int64).contiguous()
-    out = torch.empty_like(tree.tokens)
+    if out is None:
+        out = torch.empty_like(tree.tokens)
     native.step.node_positions(
         tree.parents.data_ptr(),
         tree.num_nodes.data_ptr(),
@@ -80,11 +84,13 @@ def node_positions(tree: TokenTree, roots: Tensor, largest: int | None = None) -
     return out
 
 
-def ancestor_bits(tree: TokenTree) -> Tensor:
-    """``[B, N]`` int64 ancestor bits of ``N <= 64`` nodes, on the CPU."""
+def ancestor_bits(tree: TokenTree, out: Tensor | None = None) -> Tensor:
+    """``[B, N]`` int64 ancestor bits of ``N <= 64`` nodes, on the CPU; padding sees itself alone."""
     if not is_plain(tree):
-        return pack_bits(tree.ancestor_mask()).cpu()
-    out = torch.empty_like(tree.tokens)
+        bits = pack_bits(tree.ancestor_mask()).cpu()
+        return bits if out is None else out.copy_(bits)
+    if out is None:
+        out = torch.empty_like(tree.tokens)
     native.step.ancestor_bits(
         tree.parents.data_ptr(), tree.num_nodes.data_ptr(), *tree.tokens.shape, out.data_ptr()
     )
