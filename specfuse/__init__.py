@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from specfuse.drafters import HeadDrafter as HeadDrafter
     from specfuse.drafters import ModelDrafter as ModelDrafter
     from specfuse.drafters import PromptLookupDrafter as PromptLookupDrafter
+    from specfuse.drafters import SceneMemory as SceneMemory
     from specfuse.drafters import auto_drafter as auto_drafter
     from specfuse.drafters.event import EventDrafter as EventDrafter
     from specfuse.generate import SpeculativeGenerator as SpeculativeGenerator
@@ -61,6 +62,7 @@ _HOME = {
     "ModelDrafter": "specfuse.drafters",
     "Plan": "specfuse.plan",
     "PromptLookupDrafter": "specfuse.drafters",
+    "SceneMemory": "specfuse.drafters",
     "SpeculativeGenerator": "specfuse.generate",
     "TokenTree": "specfuse.tree",
     "VideoSession": "specfuse.session",

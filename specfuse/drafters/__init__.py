@@ -13,6 +13,7 @@ from specfuse.drafters.head import HeadDrafter
 from specfuse.drafters.head_layer import DraftHead, HeadConfig, holds_head
 from specfuse.drafters.lookup import PromptLookupDrafter
 from specfuse.drafters.model import ModelDrafter
+from specfuse.drafters.scene_memory import SceneMemory
 
 __all__ = [
     "CombinedDrafter",
@@ -24,6 +25,7 @@ __all__ = [
     "HeadDrafter",
     "ModelDrafter",
     "PromptLookupDrafter",
+    "SceneMemory",
     "auto_drafter",
     "holds_head",
     "resolve_drafter",

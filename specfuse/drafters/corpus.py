@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from array import array
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from specfuse.drafters.base import Drafter, DraftState
 from specfuse.drafters.corpus_fallback import PythonCorpusIndex
+from specfuse.drafters.corpus_file import Kinds, read_arrays, write_arrays
 from specfuse.ops import native
 from specfuse.tree import TokenTree
 
 _FORMAT = "specfuse corpus 1"
-_ARRAYS = ("tokens", "lengths", "scopes", "evidence", "gates")
-_DTYPES = (np.int32, np.int64, np.uint64, np.uint64, np.float32)
 # The index looks no further back than this into the answer so far.
 _REACH = 256
 _MAX_ID = 2**31 - 1
 
 # Of a row: tokens, parents (-1 hangs from the root), probabilities of the paths; [n] each.
 Draft = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class CorpusContent(NamedTuple):
+    """A answers and what was learned about blending contexts; an empty ``gates`` is learned again."""
+
+    tokens: np.ndarray  # [total] int32, answers one after the other, oldest first
+    lengths: np.ndarray  # [A] int64
+    scopes: np.ndarray  # [A] uint64, hashes of the questions
+    evidence: np.ndarray  # [A] uint64, hashes of other models' answers, 0 where there was none
+    gates: np.ndarray  # float32
+
+
+_KINDS: Kinds = {
+    "tokens": (np.int32, 1),
+    "lengths": (np.int64, 1),
+    "scopes": (np.uint64, 1),
+    "evidence": (np.uint64, 1),
+    "gates": (np.float32, 1),
+}
 
 
 class CorpusDrafter(Drafter):
@@ -76,7 +91,7 @@ class CorpusDrafter(Drafter):
         known = state.memory.setdefault(id(self), {})
         if row not in known:
             hint = state.evidence[row] if state.evidence else None
-            known[row] = (_scope(state.question(row)), _evidence(hint))
+            known[row] = (question_hash(state.question(row)), _evidence(hint))
         scope, evidence = known[row]
         answer = state.answers[row]
         drafted = self._index.propose(
@@ -107,7 +122,9 @@ class CorpusDrafter(Drafter):
         Raises:
             ValueError: a token id that is negative, above 2**31 - 1 or not an integer.
         """
-        self._index.observe(_ids("tokens", tokens), scope=_scope(question), evidence=_evidence(evidence))
+        self._index.observe(
+            token_ids("tokens", tokens), scope=question_hash(question), evidence=_evidence(evidence)
+        )
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -145,21 +162,7 @@ class CorpusDrafter(Drafter):
         Raises:
             FileNotFoundError, IsADirectoryError: ``path`` is in no existing directory, or is one.
         """
-        from safetensors.numpy import save
-
-        arrays = dict(zip(_ARRAYS, self._index.export_content(), strict=True))
-        # Written beside its place first: a file that was there stays whole until the new one is.
-        target = Path(path)
-        if target.is_dir():
-            raise IsADirectoryError(21, "Is a directory", str(target))
-        if not target.parent.is_dir():
-            raise FileNotFoundError(2, "No such directory", str(target.parent))
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            unfinished.write_bytes(save(arrays, metadata={"format": _FORMAT}))
-            unfinished.replace(target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_arrays(path, self.content()._asdict(), _FORMAT)
 
     def load(self, path: str | PathLike[str]) -> CorpusDrafter:
         """Replaces the content by that of a file written by :meth:`save`; returns this object.
@@ -171,28 +174,20 @@ class CorpusDrafter(Drafter):
             ValueError: the file is not a saved CorpusDrafter or its arrays do not fit together.
             FileNotFoundError: there is no such file.
         """
-        self._index.import_content(*_read(Path(path)))
+        self.replace(CorpusContent(**read_arrays(path, _KINDS, _FORMAT, "CorpusDrafter")))
         return self
 
+    def content(self) -> CorpusContent:
+        """What is remembered now."""
+        return CorpusContent(*self._index.export_content())
 
-def _read(path: Path) -> list[np.ndarray]:
-    from safetensors import SafetensorError, safe_open
+    def replace(self, content: CorpusContent) -> None:
+        """Forgets everything and learns ``content`` instead, in its order.
 
-    if path.is_dir():
-        raise IsADirectoryError(21, "Is a directory", str(path))
-    if not path.is_file():
-        raise FileNotFoundError(2, "No such file", str(path))
-    try:
-        with safe_open(path, framework="numpy") as file:
-            if (file.metadata() or {}).get("format") != _FORMAT:
-                raise ValueError(f"path {str(path)!r} was not written by CorpusDrafter.save")
-            arrays = [file.get_tensor(name) for name in _ARRAYS]
-    except SafetensorError as error:
-        raise ValueError(f"path {str(path)!r} is not a saved CorpusDrafter: {error}") from None
-    for name, dtype, values in zip(_ARRAYS, _DTYPES, arrays, strict=True):
-        if values.dtype != dtype or values.ndim != 1:
-            raise ValueError(f"path {str(path)!r}: {name} must be one-dimensional {np.dtype(dtype)}")
-    return arrays
+        Raises:
+            ValueError: the arrays do not fit together.
+        """
+        self._index.import_content(*content)
 
 
 def _within(vocab_size: int | None, tokens: np.ndarray, parents: np.ndarray, probs: np.ndarray) -> Draft:
@@ -221,7 +216,7 @@ def as_trees(roots: list[int], drafts: list[Draft]) -> TokenTree:
     return TokenTree(*map(torch.from_numpy, (tree_tokens, tree_parents, counts, tree_probs)))
 
 
-def _ids(name: str, tokens: Sequence[int]) -> np.ndarray:
+def token_ids(name: str, tokens: Sequence[int]) -> np.ndarray:
     """Token ids as int32, checked. ``array`` refuses what is not an integer and is faster than NumPy here."""
     try:
         ids = np.frombuffer(array("i", tokens), dtype=np.int32)
@@ -240,11 +235,12 @@ def _short(value: object) -> str:
 
 
 def _digest(kind: bytes, name: str, tokens: Sequence[int]) -> int:
-    ids = _ids(name, tokens)
+    ids = token_ids(name, tokens)
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8, person=kind).digest(), "little")
 
 
-def _scope(question: Sequence[int]) -> int:
+def question_hash(question: Sequence[int]) -> int:
+    """What a corpus keeps of a question: 64 bits of its token ids."""
     return _digest(b"question", "question", question)
 
 
