@@ -22,8 +22,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specfuse.answers import Answers
 from specfuse.arguments import check_arguments, check_config, with_stop_strings
 from specfuse.drafters import Drafter, DraftState, resolve_drafter, root_only
-from specfuse.drafters.guard import checked, leave_out_finished, without_foreign_tokens
+from specfuse.drafters.guard import leave_out_finished, without_foreign_tokens
 from specfuse.drafters.scenes import check_takes_events
+from specfuse.drafters.supervised import SupervisedDrafter
+from specfuse.exclusive import exclusive
 from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
 from specfuse.stats import Clock, GenerationStats
@@ -74,7 +76,10 @@ def generate(
         ``return_dict_in_generate=True``, whose attribute ``stats`` is a :class:`GenerationStats`.
 
     Raises:
-        ValueError: an argument that can not be honoured (beams, contrastive search, ...); names it.
+        ValueError: an argument that can not be honoured (beams, contrastive search, ...); names it. A
+            drafter's ValueError counts as that in its first two proposals (``draft_inputs`` it can not use);
+            anything else it raises ends drafting for the call, is logged, and stands in
+            ``stats.drafting_stopped``.
         FloatingPointError: the model's logits leave no token to choose: NaN, all -inf (also where processors
             ban every token), or +inf when sampling.
     """
@@ -114,6 +119,8 @@ def custom_generate(
 
 class SpeculativeGenerator:
     """A model and a drafter, ready to answer; ``generate`` takes what ``model.generate`` takes.
+
+    Threads may share one, or several with one model: their calls take turns.
 
     Args:
         model: the target.
@@ -165,8 +172,14 @@ class SpeculativeGenerator:
         decode = functools.partial(_hand_over, generator=self, request=request)
         return self.model.generate(inputs, custom_generate=decode, **kwargs)
 
-    @torch.no_grad()
     def _decode(
+        self, model: PreTrainedModel, input_ids: Tensor, request: Mapping[str, Any], **prepared: Any
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        # Threads that share a model take turns, call by call.
+        with exclusive(model), torch.no_grad():
+            return self._loop(model, input_ids, request, **prepared)
+
+    def _loop(
         self,
         model: PreTrainedModel,
         input_ids: Tensor,
@@ -186,10 +199,10 @@ class SpeculativeGenerator:
         )
         run.use_graphs(self.graphs)
         pace = self._pace(input_ids)
-        run.target.keeps_states = self.drafter is not None and self.drafter.needs_target
+        drafter = run.drafter = run.state.memory[id(self)] = SupervisedDrafter(self.drafter, stats)
+        run.target.keeps_states = drafter.needs_target
 
-        drafts_first = self.drafter is None or self.drafter.drafts_first
-        tree = self._propose(run.state, pace) if drafts_first else root_only(run.state)
+        tree = self._propose(run.state, pace) if drafter.drafts_first else root_only(run.state)
         stats.draft_ms += clock.lap()
         tree, verified, committed = run.first_step(tree)
         stats.prefill_ms += clock.lap()
@@ -204,7 +217,7 @@ class SpeculativeGenerator:
                 pace.learn(sum(accepted), tree.width - 1, len(accepted), stats)
             tree = self._propose(run.state, pace)
             stats.draft_ms += clock.lap()
-            verified, committed = run.step(tree)
+            tree, verified, committed = run.step(tree)
             stats.verify_ms += clock.lap()
         self._learn(run.state)
         stats.commit_ms += clock.lap()
@@ -212,9 +225,10 @@ class SpeculativeGenerator:
         return run.result(stats)
 
     def _propose(self, state: DraftState, pace: Backoff) -> TokenTree:
-        if self.drafter is None or max(state.remaining, default=0) <= 1 or pace.rests():
+        drafter: SupervisedDrafter = state.memory[id(self)]
+        if not drafter.enabled or max(state.remaining, default=0) <= 1 or pace.rests():
             return leave_out_finished(root_only(state), state)
-        tree = checked(self.drafter.propose(state, self.max_nodes), state, self.max_nodes, self.drafter)
+        tree = drafter.propose(state, self.max_nodes)
         return leave_out_finished(pace.trim(without_foreign_tokens(tree, state)), state)
 
     def _pace(self, input_ids: Tensor) -> Backoff:
@@ -225,8 +239,7 @@ class SpeculativeGenerator:
         return size
 
     def _learn(self, state: DraftState) -> None:
-        if self.drafter is not None:
-            self.drafter.learn(state)
+        state.memory[id(self)].learn(state)
 
 
 def _hand_over(

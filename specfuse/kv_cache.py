@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from specfuse.ops import native
 from specfuse.ops.compact_kv import compact_kv
+from specfuse.out_of_memory import is_out_of_memory
 
 
 class TreeCacheLayer(CacheLayerMixin):
@@ -87,12 +88,20 @@ class TreeCacheLayer(CacheLayerMixin):
 
     def _grow(self, needed: int) -> None:
         # Doubling keeps the copies rare when the answer outgrows what was reserved for it.
-        self.cache.capacity = max(self.cache.capacity, 2 * self.keys.shape[2], needed)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = self._allocate(old, self.cache.capacity)
+        roomy = max(self.cache.capacity, 2 * self.keys.shape[2], needed)
+        try:
+            self._move_to(roomy)
+        except (RuntimeError, MemoryError) as error:
+            if roomy == needed or not is_out_of_memory(error):
+                raise
+            self._move_to(needed)
+        self.cache.capacity = max(self.cache.capacity, self.keys.shape[2])
+
+    def _move_to(self, capacity: int) -> None:
+        grown = [self._allocate(old, capacity) for old in (self.keys, self.values)]
+        for new, old in zip(grown, (self.keys, self.values), strict=True):
             new[:, :, : old.shape[2]] = old
-            setattr(self, name, new)
+        self.keys, self.values = grown
 
     def get_seq_length(self) -> int:
         return self.cache.longest + self.pending

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from specfuse.arguments import row_seeds
 from specfuse.drafters import DraftState, root_only
 from specfuse.drafters.guard import leave_out_finished
 from specfuse.drafters.scenes import rows_of_events
+from specfuse.drafters.supervised import SupervisedDrafter
+from specfuse.out_of_memory import is_out_of_memory
 from specfuse.stats import GenerationStats
 from specfuse.step_graph import GraphedSteps, graphs_of
 from specfuse.tree import TokenTree
@@ -60,7 +63,9 @@ class GenerationRun:
         given = model_kwargs.get("position_ids")
         self._first_id = self._first_root if given is None else given[..., -1].to("cpu").expand(batch)
         last_id = int(self._first_id.max()) + longest if batch else 0
-        self.target = TreeForward(model, batch, capacity, max_position=last_id)
+        self._new_target = functools.partial(TreeForward, model, batch, capacity, max_position=last_id)
+        self.target = self._new_target()
+        self.drafter: SupervisedDrafter | None = None
         seeds = row_seeds(request["seed"], batch, config.do_sample).to(model.device)
         self.choice = TokenChoice.from_config(processors, config, seeds, batch)
         self.state = self._draft_state(request)
@@ -146,26 +151,48 @@ class GenerationRun:
         verified = verify(logits, tree, self.choice, self.root_positions, self.sequences())
         return tree, verified, self.read(verified)
 
-    def step(self, tree: TokenTree) -> tuple[Verified, Committed]:
-        """One pass over the tree, and what was decided, on the device and on the host."""
+    def step(self, tree: TokenTree) -> tuple[TokenTree, Verified, Committed]:
+        """One pass over the tree: what it carried, and what was decided, on the device and on the host."""
         positions = self.root_positions
-        ids = self._ids(positions)
         if self.graphed is not None:
-            done = self.graphed.step(tree, ids, positions)
+            done = self.graphed.step(tree, self._ids(positions), positions)
             if done is not None:
-                return Verified(done[0], None, None), self._committed(*_columns_of(done[1]))
-        logits = self.target.forward_tree(tree, ids)
+                return tree, Verified(done[0], None, None), self._committed(*_columns_of(done[1]))
+        logits, tree = self.score(tree, positions)
         verified = verify(logits, tree, self.choice, positions, self.sequences())
-        return verified, self.read(verified)
+        return tree, verified, self.read(verified)
+
+    def score(self, tree: TokenTree, positions: Tensor) -> tuple[Tensor, TokenTree]:
+        """A pass after the first: logits and the tree it carried, the roots alone where memory ran out."""
+        try:
+            return self.target.forward_tree(tree, self._ids(positions)), tree
+        except (RuntimeError, MemoryError) as error:
+            roots = self._without_drafts(tree, error)
+        # Some layers hold new nodes, some have grown: the former are forgotten, the latter do no harm.
+        self.target.cache.set_lengths(self.target.cache.lengths)
+        return self.target.forward_tree(roots, self._ids(positions)), roots
+
+    def _without_drafts(self, tree: TokenTree, error: BaseException) -> TokenTree:
+        """What can still be tried after ``error``, and from now on; raises it again where nothing can."""
+        if tree.width == 1 or not is_out_of_memory(error):
+            raise error
+        if self.drafter is not None:
+            self.drafter.stop(f"memory ran out in a pass over {tree.width} nodes a row")
+        return leave_out_finished(root_only(self.state), self.state)
 
     def prefill(self, tree: TokenTree) -> tuple[Tensor, TokenTree]:
-        """The first pass; returns the logits and the tree it carried."""
+        """The first pass: logits and the tree it carried, the roots alone where memory ran out."""
         if tree.width > 1 and self.prompt_length + tree.width > MAX_MASKED_PREFILL:
             tree = leave_out_finished(root_only(self.state), self.state)
-        logits = self.target.prefill(
-            self.inputs, self.prompt_mask, tree if tree.width > 1 else None, self.past
-        )
-        return logits, tree
+        drafts = tree if tree.width > 1 else None
+        try:
+            return self.target.prefill(self.inputs, self.prompt_mask, drafts, self.past), tree
+        except (RuntimeError, MemoryError) as error:
+            tree = self._without_drafts(tree, error)
+        self.graphed = None
+        keeps_states, self.target = self.target.keeps_states, self._new_target()
+        self.target.keeps_states = keeps_states
+        return self.target.prefill(self.inputs, self.prompt_mask, None, self.past), tree
 
     def read(self, verified: Verified) -> Committed:
         """Brings the decision to the host: paths, lengths, next tokens."""

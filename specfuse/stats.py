@@ -24,6 +24,8 @@ class GenerationStats:
         verify_ms: wall time of the target's passes after the first, including the choice of the path. On a
             GPU the time is seen where the host waits for the result, which is inside this part.
         commit_ms: wall time of keeping the path, stopping criteria and streaming.
+        drafting_stopped: why the rest of the call went without drafts (the drafter raised, memory ran out),
+            or None.
     """
 
     passes: int = 0
@@ -35,6 +37,7 @@ class GenerationStats:
     draft_ms: float = 0.0
     verify_ms: float = 0.0
     commit_ms: float = 0.0
+    drafting_stopped: str | None = None
 
     @property
     def tokens_per_pass(self) -> float:
@@ -73,6 +76,7 @@ class GenerationStats:
             "draft_ms": self.draft_ms,
             "verify_ms": self.verify_ms,
             "commit_ms": self.commit_ms,
+            "drafting_stopped": self.drafting_stopped,
         }
 
 

@@ -200,11 +200,8 @@ class TreeForward:
                 self.states = output[0]
 
         # Not a hook on the head: it is given the positions whose logits are wanted, and no other.
-        handle = self.model.get_decoder().register_forward_hook(keep)
-        try:
+        with self.model.get_decoder().register_forward_hook(keep):
             yield
-        finally:
-            handle.remove()
 
     # ---------------------------------------------------------------- positions
 

@@ -67,7 +67,6 @@ class VisionCache:
         self.max_bytes = max_bytes
         self._entries: OrderedDict[bytes, PrefixKV] = OrderedDict()
         self._lock = threading.RLock()
-        self._nbytes = 0
         self._hits = self._misses = self._evictions = 0
         self._bypassed: Counter[str] = Counter()
 
@@ -87,22 +86,17 @@ class VisionCache:
         with self._lock:
             if entry.nbytes > self.max_bytes:
                 return False
-            old = self._entries.pop(key, None)
-            if old is not None:
-                self._nbytes -= old.nbytes
-            while self._nbytes + entry.nbytes > self.max_bytes:
-                _, dropped = self._entries.popitem(last=False)
-                self._nbytes -= dropped.nbytes
+            self._entries.pop(key, None)
+            while self.nbytes + entry.nbytes > self.max_bytes:
+                self._entries.popitem(last=False)
                 self._evictions += 1
             self._entries[key] = entry
-            self._nbytes += entry.nbytes
             return True
 
     def clear(self) -> None:
         """Forgets all entries; the counters stay."""
         with self._lock:
             self._entries.clear()
-            self._nbytes = 0
 
     def note_shared(self) -> None:
         """Counts a hit on a prefix that an earlier row of the same batch brought in."""
@@ -123,7 +117,7 @@ class VisionCache:
                 misses=self._misses,
                 bypassed=self._bypassed.total(),
                 evictions=self._evictions,
-                bytes=self._nbytes,
+                bytes=self.nbytes,
                 entries=len(self._entries),
                 bypass_reasons=dict(self._bypassed),
             )
@@ -131,7 +125,9 @@ class VisionCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all entries."""
-        return self._nbytes
+        # Counted anew: a running total would be wrong for good after a Ctrl-C between two lines.
+        with self._lock:
+            return sum(entry.nbytes for entry in self._entries.values())
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -201,8 +197,7 @@ def unpatch(model: PreTrainedModel) -> None:
 @contextmanager
 def patched(model: PreTrainedModel, cache: VisionCache | None = None) -> Iterator[VisionCache]:
     """Patches for the length of a `with` block, which receives the cache."""
-    cache = patch(model, cache)
     try:
-        yield cache
+        yield patch(model, cache)
     finally:
         unpatch(model)
