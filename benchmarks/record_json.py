@@ -1,7 +1,7 @@
 """Appends a benchmark's JSON to a CSV file: one row per figure, with machine and versions in every row.
 
-    python benchmarks/bench_generate.py --json > run.json
-    python benchmarks/record_json.py bench_generate run.json benchmarks/results/end_to_end.csv
+    python benchmarks/bench_vision_cache.py --json > run.json
+    python benchmarks/record_json.py bench_vision_cache run.json benchmarks/results/end_to_end.csv
 
 Nested objects become dotted metric names. In a list of objects each is a case, named by the text in it.
 """
