@@ -5,10 +5,10 @@
     python benchmarks/bench_generate.py --input unpredictable        # nothing can be drafted
     ... [--prompt 171|2091|4643] [--nodes 16,auto] [--rounds N] [--only TEXT] [--csv DIR] [--device cuda]
 
-Systems: model.generate as it is, with a static cache (compiled with --compile; on a GPU always), prompt
-lookup, assisted generation, and specfuse with each drafter. Every question goes through all of them in turn,
+Systems: model.generate as it is, with a static cache (compiled with --compile; replayed on a GPU always),
+prompt lookup, assisted generation, and specfuse with each drafter. Every question goes through all of them in turn,
 another one first each time; ratios are medians over questions. Timed is the call of generate: the processor's
-work is everybody's.
+work is everybody's. On a GPU two rows show what specfuse is without CUDA graphs.
 
 "replayed": a model of real shape with random weights does all the work of every pass while a recorded answer
 decides what it says, and so what is accepted (end_to_end/replayed.py): the time is that of the machine, the
@@ -91,11 +91,10 @@ def prepare(options: argparse.Namespace) -> Contest:
     Raises:
         MemoryError, ValueError, OSError: says what is missing.
     """
-    compiled = options.compile or torch.device(options.device).type == "cuda"
     if options.trace is None and options.input == "miniature":
         model, processor = miniature.load_target()
         model.to(options.device)
-        systems = lineups.miniature_lineup(model, processor, options.nodes, compiled)
+        systems = lineups.miniature_lineup(model, processor, options.nodes, options.compile)
         draw = np.random.default_rng(options.seed)
         warm = inputs.miniature_questions(processor, [demo.ask(inputs.warm_clip(), 2, draw)])
         clips = demo.choose(options.clips, options.questions or 6, options.seed)
@@ -107,6 +106,8 @@ def prepare(options: argparse.Namespace) -> Contest:
     model = shapes.build(shape, prompt, options.device, getattr(torch, options.dtype))
     script = Script(prompt.tokens + 1024, model.device)
     script.give(model)
+    # Prompts of the miniature differ in length, and each length would be compiled: only where asked for.
+    compiled = options.compile or model.device.type == "cuda"
     systems = lineups.replayed_lineup(model, options.nodes, compiled)
     count = options.questions or 12
     asked = inputs.replayed_questions(model, prompt, recording, count, script, options.longest)

@@ -29,6 +29,11 @@ def replayed_lineup(model: Any, nodes: Nodes, compiled: bool) -> list[System]:
 
     A drafter that is a model is not among them: what it would draft for these answers was not recorded.
     """
+    first = nodes[0]
+    without: list[System] = []
+    if model.device.type == "cuda":
+        for name, make in ((PLAIN, lambda: None), (named("corpus, earlier answers", first), CorpusDrafter)):
+            without.append(Specfuse(f"{name}, no graphs", model, make, first, remembers=True, graphs=False))
     corpus = [
         Specfuse(named("corpus, earlier answers", size), model, CorpusDrafter, size, remembers=True)
         for size in nodes
@@ -36,10 +41,11 @@ def replayed_lineup(model: Any, nodes: Nodes, compiled: bool) -> list[System]:
     return [
         *hugging_face(model, compiled),
         Specfuse(PLAIN, model, lambda: None),
-        Specfuse(named("lookup", nodes[0]), model, PromptLookupDrafter, nodes[0]),
-        Specfuse(named("auto, nothing remembered", nodes[0]), model, auto, nodes[0]),
+        Specfuse(named("lookup", first), model, PromptLookupDrafter, first),
+        Specfuse(named("auto, nothing remembered", first), model, auto, first),
         *corpus,
-        Specfuse(named("auto, earlier answers", nodes[0]), model, auto, nodes[0], remembers=True),
+        Specfuse(named("auto, earlier answers", first), model, auto, first, remembers=True),
+        *without,
     ]
 
 

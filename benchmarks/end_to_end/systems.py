@@ -106,6 +106,7 @@ class Specfuse(System):
         nodes: ``max_nodes``.
         remembers: it is told earlier answers.
         sees: makes ``draft_inputs`` of a clip, or None; timed.
+        graphs: of ``specfuse.generate``.
     """
 
     def __init__(
@@ -117,9 +118,11 @@ class Specfuse(System):
         *,
         remembers: bool = False,
         sees: Any = None,
+        graphs: bool | str = "auto",
     ):
         super().__init__(name, copy.copy(model))
         self.make, self.nodes, self.remembers, self.sees = make, nodes, remembers, sees
+        self.graphs = graphs
         self.cache: VisionCache = patch(self.model)
         self.visual = visual_token_ids(model)
         self.begin()
@@ -128,7 +131,9 @@ class Specfuse(System):
         self.cache.clear()
         if self.sees is not None:
             self.sees.seen.clear()
-        self.generator = SpeculativeGenerator(self.model, self.make(), max_nodes=self.nodes)
+        self.generator = SpeculativeGenerator(
+            self.model, self.make(), max_nodes=self.nodes, graphs=self.graphs
+        )
 
     def before(self, asked: Asked) -> None:
         super().before(asked)
