@@ -6,9 +6,9 @@
     ... [--prompt 171|2091|4643] [--nodes 16,auto] [--rounds N] [--only TEXT] [--csv DIR] [--device cuda]
 
 Systems: model.generate as it is, with a static cache (compiled with --compile; replayed on a GPU always),
-prompt lookup, assisted generation, and specfuse with each drafter. Every question goes through all of them in turn,
-another one first each time; ratios are medians over questions. Timed is the call of generate: the processor's
-work is everybody's. On a GPU two rows show what specfuse is without CUDA graphs.
+prompt lookup, assisted generation, and specfuse with each drafter. Every question goes through all of them in
+turn, another one first each time; ratios are medians over questions. Timed is the call of generate: the
+processor's work is everybody's. On a GPU two rows show what specfuse is without CUDA graphs.
 
 "replayed": a model of real shape with random weights does all the work of every pass while a recorded answer
 decides what it says, and so what is accepted (end_to_end/replayed.py): the time is that of the machine, the
