@@ -89,7 +89,15 @@ def drafter(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def settings(cache: Path, target: Path, drafter: Path, tmp_path_factory: Any) -> DistillSettings:
     directory = tmp_path_factory.mktemp("distilled") / "micro"
-    return DistillSettings(directory, target, drafter, PLANS["micro"], cache, steps=STEPS, seed=3)
+    return DistillSettings(
+        directory=directory,
+        target=target,
+        drafter=drafter,
+        plan=PLANS["micro"],
+        cache=cache,
+        steps=STEPS,
+        seed=3,
+    )
 
 
 @pytest.fixture(scope="module")

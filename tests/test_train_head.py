@@ -64,7 +64,9 @@ def target(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def settings(cache: Path, target: Path, tmp_path_factory: pytest.TempPathFactory) -> HeadSettings:
     directory = tmp_path_factory.mktemp("head") / "micro"
-    return HeadSettings(directory, target, PLANS["micro"], cache, steps=STEPS, seed=3)
+    return HeadSettings(
+        directory=directory, target=target, plan=PLANS["micro"], cache=cache, steps=STEPS, seed=3
+    )
 
 
 @pytest.fixture(scope="module")

@@ -259,6 +259,13 @@ def test_the_command(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["train", "target", "--preset", "huge"], "preset must be one of tiny, micro, got 'huge'"),
         (["train", "target", "--minutes", "0"], "minutes must be above 0"),
         (["train", "target", "--resume"], "no training to resume"),
+        (
+            ["train", "target", "--target", "T"],
+            "--target is for train drafter, distill, head, adapter, corpus",
+        ),
+        (["train", "target", "--drafter", "D"], "train target does not take it"),
+        (["train", "head", "--kind", "linear"], "--kind is for train adapter; train head does not take it"),
+        (["train", "corpus", "--minutes", "1"], "train corpus does not take it"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

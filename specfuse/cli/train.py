@@ -31,7 +31,7 @@ class Request:
     target: Path | None
     drafter: Path | None = None
     pairs: Path | None = None
-    kind: str = "lightweight"
+    kind: str | None = None
     features: str | None = None
     loss: str | None = None
     events: Path | None = None
@@ -45,6 +45,16 @@ class Request:
         if self.target is None:
             raise UserError("--target must be the directory of the trained target")
         return self.target
+
+    def run(self) -> dict[str, Any]:
+        """What every training is told about its run."""
+        names = ("cache", "minutes", "seed", "resume", "device")
+        return {"directory": self.out} | {name: getattr(self, name) for name in names}
+
+    def command(self, start: str) -> str:
+        """The command line for a card, beginning with what is trained."""
+        minutes = "" if self.minutes is None else f" --minutes {self.minutes:g}"
+        return f"specfuse train {start} --preset {self.preset.name}{minutes} --seed {self.seed} --out DIR"
 
 
 Report = Callable[[str, float, str], None]  # stage, share done, what to show
@@ -67,15 +77,7 @@ def _settings(request: Request, preset: Preset) -> Settings:
     """Of a model that learns to see and then to answer."""
     from specfuse.train.training import Settings
 
-    return Settings(
-        directory=request.out,
-        preset=preset,
-        cache=request.cache,
-        minutes=request.minutes,
-        seed=request.seed,
-        resume=request.resume,
-        device=request.device,
-    )
+    return Settings(preset=preset, **request.run())
 
 
 def _distill(request: Request, report: Report) -> dict[str, Any]:
@@ -83,19 +85,12 @@ def _distill(request: Request, report: Report) -> dict[str, Any]:
 
     if request.drafter is None:
         raise UserError("--drafter must be the directory of a trained drafter")
-    minutes = "" if request.minutes is None else f" --minutes {request.minutes:g}"
     settings = DistillSettings(
-        directory=request.out,
         target=request.needed_target(),
         drafter=request.drafter,
         plan=PLANS[request.preset.name],
-        cache=request.cache,
-        minutes=request.minutes,
-        seed=request.seed,
-        resume=request.resume,
-        device=request.device,
-        command=f"specfuse train distill --target TARGET --drafter DRAFTER --preset {request.preset.name}"
-        f"{minutes} --seed {request.seed} --out DIR",
+        command=request.command("distill --target TARGET --drafter DRAFTER"),
+        **request.run(),
     )
     return train_distill(settings, report)
 
@@ -117,7 +112,6 @@ def _head(request: Request, report: Report) -> dict[str, Any]:
     from specfuse.generate import SpeculativeGenerator
     from specfuse.train.head import PLANS, HeadSettings, train_head
 
-    minutes = "" if request.minutes is None else f" --minutes {request.minutes:g}"
     with_events = "" if request.events is None else " --events EVENTGPT"
     encoder = None
     if request.events is not None:
@@ -125,18 +119,12 @@ def _head(request: Request, report: Report) -> dict[str, Any]:
 
         encoder = event_encoder(request.events, request.cache, request.device)
     settings = HeadSettings(
-        directory=request.out,
         target=request.needed_target(),
         plan=PLANS[request.preset.name],
-        cache=request.cache,
-        minutes=request.minutes,
-        seed=request.seed,
-        resume=request.resume,
-        device=request.device,
-        command=f"specfuse train head --target TARGET{with_events} --preset {request.preset.name}{minutes} "
-        f"--seed {request.seed} --out DIR",
+        command=request.command(f"head --target TARGET{with_events}"),
         events=encoder and encoder.features,
         event_width=encoder.width if encoder else 0,
+        **request.run(),
     )
     return train_head(settings, SpeculativeGenerator, report)
 
@@ -146,20 +134,18 @@ def _adapter(request: Request, report: Report) -> dict[str, Any]:
     from specfuse.train.adapter_report import summary
     from specfuse.train.adapter_source import FEATURES_OF, open_pairs
 
-    features = request.features or FEATURES_OF.get(request.kind, "pooled")
-    named = ("kind", "features", "loss", "minutes", "seed")
-    given = [f"--{name} {getattr(request, name)}" for name in named if getattr(request, name) is not None]
+    kind = request.kind or "lightweight"
+    features = request.features or FEATURES_OF.get(kind, "pooled")
+    if request.pairs is not None and request.features is not None:
+        raise UserError("--features says what models are asked for; what --pairs holds is in the file")
+    named = {"kind": kind, "features": request.features, "loss": request.loss}
+    given = [f" --{name} {value}" for name, value in named.items() if value is not None]
     models = "--pairs FILE" if request.pairs else "--target DIR --drafter DIR"
-    settings = AdapterSettings(
-        directory=request.out,
-        kind=request.kind,
-        loss=request.loss,
-        minutes=min(2.0, request.preset.minutes) if request.minutes is None else request.minutes,
-        seed=request.seed,
-        resume=request.resume,
-        device=request.device,
-        command=f"specfuse train adapter {models} --preset {request.preset.name} {' '.join(given)} --out DIR",
-    )
+    run = request.run()
+    run.pop("cache")
+    run["minutes"] = min(2.0, request.preset.minutes) if request.minutes is None else request.minutes
+    command = request.command(f"adapter {models}{''.join(given)}")
+    settings = AdapterSettings(kind=kind, loss=request.loss, command=command, **run)
     settings.check()
     pairs = open_pairs(
         request.pairs,
@@ -193,6 +179,25 @@ MODELS: dict[str, tuple[Callable[[Request, Report], dict[str, Any]], str]] = {
     "corpus": (_corpus, "specfuse demo --model {target} --corpus {out}/answers.safetensors"),
 }
 
+# Options that only some trainings take.
+TAKEN = {
+    "target": ("drafter", "distill", "head", "adapter", "corpus"),
+    "drafter": ("distill", "adapter"),
+    "pairs": ("adapter",),
+    "kind": ("adapter",),
+    "features": ("adapter",),
+    "loss": ("adapter",),
+    "events": ("head",),
+    "minutes": ("target", "drafter", "distill", "head", "adapter"),
+    "resume": ("target", "drafter", "distill", "head", "adapter"),
+}
+
+
+def _refuse_unused(model: str, request: Request) -> None:
+    for option, models in TAKEN.items():
+        if model not in models and getattr(request, option) not in (None, False):
+            raise UserError(f"--{option} is for train {', '.join(models)}; train {model} does not take it")
+
 
 def train(
     model: str = typer.Argument(..., help=f"What to train: {', '.join(MODELS)}."),
@@ -204,7 +209,9 @@ def train(
         None, help="Directory of the trained drafter, for what learns from it."
     ),
     pairs: Path | None = typer.Option(None, help="adapter: features of both models instead (safetensors)."),
-    kind: str = typer.Option("lightweight", help="adapter: which; an unknown one lists them."),
+    kind: str | None = typer.Option(
+        None, help="adapter: which, lightweight if not given; an unknown one lists them."
+    ),
     features: str | None = typer.Option(None, help="adapter: which features; an unknown one lists them."),
     loss: str | None = typer.Option(None, help="adapter: feature (MSE + 0.5 (1 - cos)), contrastive or kl."),
     events: Path | None = typer.Option(
@@ -245,6 +252,7 @@ def train(
         loss=loss,
         events=events,
     )
+    _refuse_unused(model, request)
     logging.set_verbosity_error()  # an error is one line alone
     logging.disable_progress_bar()
     run, hint = MODELS[model]

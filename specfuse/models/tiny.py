@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from specfuse.models.tokenizer import SPECIAL_TOKENS, learn_tokenizer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, VideoLlavaForConditionalGeneration, VideoLlavaProcessor
 
 IMAGE_SIZE, PATCH_SIZE = 56, 14
-# The trainer numbers them from 0 in this order.
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<video>")
 
 # What the tokenizer learns its merges from. Single bytes are in the vocabulary, so any text can be encoded.
 TEXT = """USER: <video> What is happening in this video? ASSISTANT:
@@ -68,7 +68,7 @@ def init_tiny(directory: str | os.PathLike[str], seed: int = 0, *, force: bool =
         raise NotADirectoryError(f"{directory} is a file")
     if directory.exists() and any(directory.iterdir()) and not force:
         raise FileExistsError(f"{directory} is not empty")
-    tokenizer = _tokenizer()
+    tokenizer = learn_tokenizer(TEXT.split("\n"), 768)
     model = _model(tokenizer, seed)
     processor = _processor(tokenizer, model)
     model.save_pretrained(directory)
@@ -95,38 +95,6 @@ def _write_example(path: Path) -> None:
             draw.ellipse((wheel - 4, 62, wheel + 4, 70), fill=(20, 20, 20))
         frames.append(frame)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over TEXT that puts <s> in front, as LLaMA's tokenizer does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=768,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(TEXT.split("\n"), trainer)
-    start = ("<s>", core.token_to_id("<s>"))
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[start]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>", "<video>"],
-        padding_side="left",
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def _model(tokenizer: PreTrainedTokenizerFast, seed: int) -> VideoLlavaForConditionalGeneration:

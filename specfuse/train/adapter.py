@@ -22,10 +22,11 @@ from specfuse.train.loop import STATE, Budget, Progress, Report, check_run, read
 
 ABOUT = "alignment.json"
 RATE = 1e-3
-RATES = {"cross-attention": 3e-3, "expander": 5e-3}  # of kinds that learn places too
+RATES = {"cross-attention": 3e-3, "expander": 5e-3, "compression": 3e-3}  # of kinds that learn places too
 WEIGHT_DECAY = 0.01
 BATCH_NUMBERS = 2**18  # of the targets of a step
 LARGEST_BATCH = 256  # samples
+SMALL_BATCHES = {"compression": 64}  # a step of 16 distributions a sample is long; more of them teach more
 CHECK_EVERY = 50  # steps
 PATIENCE = 12  # checks without a better one
 
@@ -142,7 +143,8 @@ class AdapterTraining:
         budget = EndingBudget(60 * self.settings.minutes, self.settings.steps, self.checks.ended)
         if not self.checks.scores:
             self._check(budget)
-        size = max(1, min(LARGEST_BATCH, BATCH_NUMBERS // self.pairs.target[0].numel(), len(self.train)))
+        largest = SMALL_BATCHES.get(self.settings.kind, LARGEST_BATCH)
+        size = max(1, min(largest, BATCH_NUMBERS // self.pairs.target[0].numel(), len(self.train)))
 
         def loss_at(step: int, share: float) -> Tensor:
             self.adapter.train()

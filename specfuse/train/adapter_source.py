@@ -45,7 +45,8 @@ def open_pairs(
             ``load_video_llava`` and ``encoder_pairs`` raise.
         FileNotFoundError: no such file or directory.
     """
-    if (file is None) == (target is None or drafter is None):
+    given = sum(where is not None for where in (target, drafter))
+    if given != (2 if file is None else 0):
         raise ValueError("give either --pairs FILE or --target DIR and --drafter DIR")
     if file is not None:
         return load_pairs(file)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from specfuse.models.tiny import SPECIAL_TOKENS
+from specfuse.models.tokenizer import SPECIAL_TOKENS
 from specfuse.train.clip_store import SIZE
 from specfuse.train.event_store import NUM_IMAGES
 from specfuse.train.labels import GRID

@@ -27,7 +27,7 @@ from specfuse.train.drafter import event_start, read_events
 from specfuse.train.event_store import load_event_pictures
 from specfuse.train.head_batches import HeadRows, Teacher
 from specfuse.train.language import repeat_cache, text_states
-from specfuse.train.loop import STATE, Budget, Progress, Report, RunState, check_run, run_stage
+from specfuse.train.loop import STATE, Budget, Progress, Report, RunSettings, RunState, check_run, run_stage
 from specfuse.train.outputs import Output, weights_digest, world_outputs
 from specfuse.train.vision import read_last_layer
 
@@ -58,20 +58,12 @@ PLANS = {
 }
 
 
-@dataclass(slots=True)
-class DistillSettings:
+@dataclass(slots=True, kw_only=True)
+class DistillSettings(RunSettings):
     """What a run is made of."""
 
-    directory: Path
-    target: Path
     drafter: Path
     plan: DistillPlan
-    cache: Path  # of drawn clips, and of what the target says
-    minutes: float | None = None
-    steps: int | None = None  # instead of minutes
-    seed: int = 0
-    resume: bool = False
-    device: str = "cpu"
     command: str = "specfuse train distill"
 
 

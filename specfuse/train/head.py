@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from specfuse.train.card import write_curves, write_head_card
 from specfuse.train.head_batches import EventFeatures, Teacher
 from specfuse.train.head_loss import head_loss
 from specfuse.train.head_report import MakeGenerator, measure
-from specfuse.train.loop import STATE, Budget, Progress, Report, check_run, read_state, run_stage, write_state
+from specfuse.train.loop import STATE, Budget, Progress, Report, RunSettings, RunState, check_run, run_stage
 from specfuse.train.outputs import weights_digest, world_outputs
 
 if TYPE_CHECKING:
@@ -49,22 +48,14 @@ PLANS = {
 }
 
 
-@dataclass(slots=True)
-class HeadSettings:
+@dataclass(slots=True, kw_only=True)
+class HeadSettings(RunSettings):
     """What a run is made of."""
 
-    directory: Path
-    target: Path
     plan: HeadPlan
-    cache: Path  # of drawn clips, and of what the target says
-    minutes: float | None = None
-    steps: int | None = None  # instead of minutes
-    seed: int = 0
-    resume: bool = False
-    device: str = "cpu"
-    command: str = "specfuse train head"
     events: EventFeatures | None = None
     event_width: int = 0
+    command: str = "specfuse train head"
 
 
 class HeadTraining:
@@ -87,43 +78,20 @@ class HeadTraining:
         self.head.shortlist = shortlist
         self.head.to(model.device)
         groups = [{"params": list(self.head.parameters()), "rate": plan.rate}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
-        self.progress = Progress()
-        self.identity = {
+        optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
+        identity = {
             "seed": settings.seed,
             "world": WORLD_SEED,
             "weights": weights_digest(model),
             "event_width": settings.event_width,
             **asdict(plan),
         }
-
-    def save(self) -> None:
-        """Writes the state into the directory."""
-        state = {
-            "settings": self.identity,
-            "minutes": self.settings.minutes,
-            "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "progress": asdict(self.progress),
-        }
-        write_state(self.settings.directory / STATE, state)
-
-    def load(self) -> None:
-        """Reads the state from the directory; raises what ``specfuse.train.loop.read_state`` does."""
-        path = self.settings.directory / STATE
-        state = read_state(path, self.identity)
-        try:
-            self.head.load_state_dict(state["head"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.progress = Progress(**state["progress"])
-            if self.settings.minutes is None:
-                self.settings.minutes = state["minutes"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} does not fit this head: {str(error).splitlines()[0]}") from None
+        modules = {"head": self.head}
+        self.state = RunState(settings.directory / STATE, identity, modules, optimizer, settings.minutes)
 
     def run(self, teacher: Teacher, report: Report) -> None:
         """Trains until the budget is used."""
-        settings, plan = self.settings, self.settings.plan
+        settings, plan, state = self.settings, self.settings.plan, self.state
 
         def loss_at(step: int, share: float) -> Tensor:
             rows = teacher.at(settings.seed, step, plan.clips, plan.rows)
@@ -133,8 +101,8 @@ class HeadTraining:
             report("head", share, f"step {progress.step}, loss {np.mean(progress.losses[-50:]):.3f}")
 
         self.head.train()
-        budget = Budget(60 * (settings.minutes or plan.minutes), settings.steps)
-        run_stage(self.optimizer, loss_at, budget, self.progress, self.save, tell)
+        budget = Budget(60 * (state.minutes or plan.minutes), settings.steps)
+        run_stage(state.optimizer, loss_at, budget, state.progress, state.save, tell)
 
 
 def train_head(
@@ -168,7 +136,7 @@ def train_head(
     said = {token for output in outputs if output.clip in seen for token in output.tokens}
     training = HeadTraining(settings, model, torch.tensor(sorted(said)))
     if settings.resume:
-        training.load()
+        training.state.load()
     directory.mkdir(parents=True, exist_ok=True)
     teacher = Teacher(model, processor.tokenizer, clips, outputs, settings.events)
     teacher.clips = [clip for clip in teacher.clips if clip in seen]
@@ -186,7 +154,8 @@ def train_head(
         generator,
         lambda share: report("held out", share, "drafting"),
     )
-    figures |= {"steps": training.progress.step, "minutes": round(training.progress.seconds / 60, 2)}
+    progress = training.state.progress
+    figures |= {"steps": progress.step, "minutes": round(progress.seconds / 60, 2)}
     (directory / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     events = ", fused with features of events" if settings.event_width else ""
     about = {
@@ -196,5 +165,5 @@ def train_head(
         "events": events,
     }
     write_head_card(directory, figures, about)
-    write_curves(directory, {"head": training.progress})
+    write_curves(directory, {"head": progress})
     return figures

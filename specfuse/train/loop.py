@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -183,6 +183,21 @@ def read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
+@dataclass(slots=True, kw_only=True)
+class RunSettings:
+    """What runs of one stage, which learn from what a target says, have in common."""
+
+    directory: Path
+    target: Path
+    cache: Path  # of drawn clips, and of what the target says
+    command: str
+    minutes: float | None = None
+    steps: int | None = None  # instead of minutes
+    seed: int = 0
+    resume: bool = False
+    device: str = "cpu"
+
+
 @dataclass(slots=True)
 class RunState:
     """What a run of one stage resumes from.
@@ -197,7 +212,7 @@ class RunState:
 
     path: Path
     identity: dict[str, Any]
-    modules: dict[str, torch.nn.Module]
+    modules: Mapping[str, torch.nn.Module]
     optimizer: torch.optim.Optimizer
     minutes: float | None = None
     progress: Progress = field(default_factory=Progress)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from specfuse.data.world import Question
-from specfuse.models.tiny import SPECIAL_TOKENS
+from specfuse.models.tokenizer import learn_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -16,37 +16,6 @@ ANSWER = " {answer}</s>"
 
 
 def train_tokenizer(questions: Iterable[Question], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with ``<s>`` in front, as LLaMA's, and one entry each for ``<image>`` and ``<video>``.
-
-    Any text can be encoded: the 256 bytes are in the vocabulary.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    """See ``specfuse.models.tokenizer.learn_tokenizer``."""
     # What surrounds the special tokens: those are cut out before words are looked at.
-    texts = (f"USER: \n{q.text} ASSISTANT: {q.long}" for q in questions)
-    core.train_from_iterator(texts, trainer)
-    start = ("<s>", core.token_to_id("<s>"))
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[start]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>", "<video>"],
-        padding_side="left",
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-    )
+    return learn_tokenizer((f"USER: \n{q.text} ASSISTANT: {q.long}" for q in questions), vocabulary)
