@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specfuse.acceptance import AcceptanceRule, resolve_acceptance
+from specfuse.acceptance.walk import LOSSLESS, LossyWalk
 from specfuse.answers import Answers
 from specfuse.arguments import check_arguments, check_config, with_stop_strings
 from specfuse.drafters import Drafter, DraftState, resolve_drafter, root_only
@@ -40,6 +42,7 @@ def generate(
     *,
     max_nodes: int | str = 32,
     graphs: bool | str = "auto",
+    accept: AcceptanceRule | str = "exact",
     seed: int | Sequence[int] | Tensor | None = None,
     draft_inputs: Mapping[str, Tensor] | None = None,
     events: Any = None,
@@ -59,6 +62,8 @@ def generate(
             the costs of passes measured on the way, none where none do.
         graphs: whether a step on a GPU is one CUDA graph: "auto" where nothing stands in the way, True to
             insist, False never. The cache of the last call is kept for the next one then.
+        accept: ``"exact"``, or a rule of :mod:`specfuse.acceptance` that keeps drafts which the target would
+            not have chosen. **Rules are lossy**; the output's ``acceptance`` says so and counts such tokens.
         seed: for sampling: an int (row b uses ``seed + b``) or B ints. The same seed gives the same tokens
             with any drafter, None included. None draws one from torch's default generator.
         draft_inputs: inputs for the drafter alone (its own prompt, its own pixels), where it takes any: a row
@@ -73,7 +78,8 @@ def generate(
 
     Returns:
         ``[B, P + T]`` int64 sequences, or a ``GenerateDecoderOnlyOutput`` with
-        ``return_dict_in_generate=True``, whose attribute ``stats`` is a :class:`GenerationStats`.
+        ``return_dict_in_generate=True``, whose attribute ``stats`` is a :class:`GenerationStats` and whose
+        ``acceptance`` is a dict: the rule, whether it is lossless, and what a lossy one cost.
 
     Raises:
         ValueError: an argument that can not be honoured (beams, contrastive search, ...); names it. A
@@ -83,7 +89,7 @@ def generate(
         FloatingPointError: the model's logits leave no token to choose: NaN, all -inf (also where processors
             ban every token), or +inf when sampling.
     """
-    generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes, graphs=graphs)
+    generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes, graphs=graphs, accept=accept)
     return generator.generate(
         seed=seed, draft_inputs=draft_inputs, events=events, evidence=evidence, **kwargs
     )
@@ -94,6 +100,7 @@ def custom_generate(
     *,
     max_nodes: int | str = 32,
     graphs: bool | str = "auto",
+    accept: AcceptanceRule | str = "exact",
     seed: int | Sequence[int] | Tensor | None = None,
     draft_inputs: Mapping[str, Tensor] | None = None,
     events: Any = None,
@@ -109,7 +116,7 @@ def custom_generate(
     def decode(
         model: PreTrainedModel, input_ids: Tensor, **prepared: Any
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes, graphs=graphs)
+        generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes, graphs=graphs, accept=accept)
         request = {"seed": seed, "draft_inputs": draft_inputs, "events": events}
         request |= {"evidence": evidence, "streamer": streamer}
         return generator._decode(model, input_ids, request, **prepared)
@@ -124,10 +131,11 @@ class SpeculativeGenerator:
 
     Args:
         model: the target.
-        drafter, max_nodes, graphs: as for :func:`generate`.
+        drafter, max_nodes, graphs, accept: as for :func:`generate`.
 
     Attributes:
         last_stats: :class:`GenerationStats` of the last finished call.
+        last_acceptance: its ``acceptance``.
         encoded_pixels: pixels behind a prompt whose ``past_key_values`` hold them already, for draft models.
     """
 
@@ -138,6 +146,7 @@ class SpeculativeGenerator:
         *,
         max_nodes: int | str = 32,
         graphs: bool | str = "auto",
+        accept: AcceptanceRule | str = "exact",
     ):
         if max_nodes != "auto" and not (isinstance(max_nodes, int) and 1 <= max_nodes <= 1023):
             raise ValueError(f"max_nodes must be 'auto' or an int from 1 to 1023, got {max_nodes!r}")
@@ -147,7 +156,13 @@ class SpeculativeGenerator:
         self.drafter = resolve_drafter(drafter, model)
         self.sizes_itself = max_nodes == "auto"
         self.max_nodes = LARGEST if isinstance(max_nodes, str) else max_nodes
+        self.rule = resolve_acceptance(accept, model)
+        if graphs is True and self.rule is not None:
+            raise ValueError(
+                f"graphs=True does not go with accept={self.rule.name!r}, which decides on the host"
+            )
         self.last_stats: GenerationStats | None = None
+        self.last_acceptance: Mapping[str, Any] = LOSSLESS
         self.encoded_pixels: Mapping[str, Tensor] = {}
 
     def generate(
@@ -197,10 +212,12 @@ class SpeculativeGenerator:
         run = GenerationRun(
             model, answers, generation_config, logits_processor, model_kwargs, request, self.max_nodes
         )
-        run.use_graphs(self.graphs)
+        # A rule decides on the host, between passes.
+        run.use_graphs(self.graphs if self.rule is None else False)
         pace = self._pace(input_ids)
         drafter = run.drafter = run.state.memory[id(self)] = SupervisedDrafter(self.drafter, stats)
         run.target.keeps_states = drafter.needs_target
+        walk = None if self.rule is None else LossyWalk(self.rule, run, self.drafter)
 
         tree = self._propose(run.state, pace) if drafter.drafts_first else root_only(run.state)
         stats.draft_ms += clock.lap()
@@ -221,8 +238,11 @@ class SpeculativeGenerator:
             stats.verify_ms += clock.lap()
         self._learn(run.state)
         stats.commit_ms += clock.lap()
-        self.last_stats = stats
-        return run.result(stats)
+        self.last_stats, self.last_acceptance = stats, LOSSLESS if walk is None else walk.label()
+        output = run.result(stats)
+        if not isinstance(output, Tensor):
+            output.acceptance = dict(self.last_acceptance)
+        return output
 
     def _propose(self, state: DraftState, pace: Backoff) -> TokenTree:
         drafter: SupervisedDrafter = state.memory[id(self)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class GenerationRun:
         self.choice = TokenChoice.from_config(processors, config, seeds, batch)
         self.state = self._draft_state(request)
         self.graphed: GraphedSteps | None = None
+        self.verify: Callable[..., Verified] = verify
         self.scores: list[list[Tensor]] = [[] for _ in range(batch)]
         self.logits: list[list[Tensor]] = [[] for _ in range(batch)]
 
@@ -148,7 +149,7 @@ class GenerationRun:
     def first_step(self, tree: TokenTree) -> tuple[TokenTree, Verified, Committed]:
         """The prompt's pass; returns the tree it carried and what was decided."""
         logits, tree = self.prefill(tree)
-        verified = verify(logits, tree, self.choice, self.root_positions, self.sequences())
+        verified = self.verify(logits, tree, self.choice, self.root_positions, self.sequences())
         return tree, verified, self.read(verified)
 
     def step(self, tree: TokenTree) -> tuple[TokenTree, Verified, Committed]:
@@ -159,7 +160,7 @@ class GenerationRun:
             if done is not None:
                 return tree, Verified(done[0], None, None), self._committed(*_columns_of(done[1]))
         logits, tree = self.score(tree, positions)
-        verified = verify(logits, tree, self.choice, positions, self.sequences())
+        verified = self.verify(logits, tree, self.choice, positions, self.sequences())
         return tree, verified, self.read(verified)
 
     def score(self, tree: TokenTree, positions: Tensor) -> tuple[Tensor, TokenTree]:

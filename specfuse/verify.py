@@ -186,7 +186,7 @@ def _verify_with_processors(
         prefixes = {
             b: [*sequences[b], *(tokens[b][node] for node in paths[b][1:])] for b in range(batch) if counts[b]
         }
-        processed = _process(choice.processors, row_logits, active, prefixes, batch)
+        processed = process_rows(choice.processors, row_logits, active, prefixes, batch)
         picked = choice.pick(
             processed[:, None],
             _roots(len(active), logits.device),
@@ -214,7 +214,7 @@ def _verify_with_processors(
     return Verified(accepted, scores if choice.keep_scores else None, raw if choice.keep_logits else None)
 
 
-def _process(
+def process_rows(
     processors: LogitsProcessorList | None,
     row_logits: Tensor,
     active: list[int],

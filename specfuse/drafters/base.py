@@ -1,4 +1,4 @@
-"""The Drafter protocol and the state a drafter sees. Imports only specfuse.tree."""
+"""The Drafter protocol and the state a drafter sees."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specfuse.drafters.draft_states import DraftStates
 from specfuse.tree import TokenTree
 
 
@@ -39,6 +40,7 @@ class DraftState:
             ``answers[row][j]``.
         prompt_lengths: per row, the prompt's tokens as the target's noise counts them, where ``prompts`` do
             not say (a prompt of embeddings has no ids); None: their lengths.
+        draft_states: where a drafter with ``gives_states`` leaves its decoder's states; None: nobody asks.
         memory: private data a drafter keeps for the length of this call, keyed by the drafter object's id.
     """
 
@@ -56,6 +58,7 @@ class DraftState:
     prompt_hidden: Tensor | None = None
     hidden: list[tuple[Tensor, list[int]]] = field(default_factory=list)
     prompt_lengths: Sequence[int] | None = None
+    draft_states: DraftStates | None = None
     memory: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -85,6 +88,9 @@ class Drafter:
 
     takes_events: bool = False
     """True for a drafter that reads ``state.events``; a call's ``events=`` is refused where none does."""
+
+    gives_states: bool = False
+    """True for a drafter that fills ``state.draft_states`` where it is asked to."""
 
     @property
     def drafts_first(self) -> bool:
