@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 import specfuse
 from specfuse.data.world import clip, events
 from specfuse.drafters.base import DraftState
-from specfuse.drafters.event import EventDrafter, check_same_tokens
+from specfuse.drafters.event import EventDrafter
+from specfuse.drafters.vocabulary import check_same_tokens
 from specfuse.events import EventStream, render_eventgpt
 from specfuse.models.checkpoint import load_draft_model
 from specfuse.train.build import build_drafter, build_drafter_processor, build_model, build_processor
@@ -159,6 +160,21 @@ def test_tokenizers_are_compared() -> None:
     mine.eos_token = "<end>"
     with pytest.raises(ValueError, match="first '<end>': 400 to the target, None to the drafter"):
         check_same_tokens(mine, its)
+
+
+@pytest.mark.parametrize("kind", ["auto", "intersection", "string"])
+def test_another_vocabulary(drafter: EventDrafter, target: Any, stream: EventStream, kind: str) -> None:
+    other = EventDrafter(drafter.model, drafter.processor, a_tokenizer(2), vocabulary=kind)
+    assert other.vocabulary.kind == ("intersection" if kind == "auto" else kind)
+    prompt = a_tokenizer(2)(PROMPT.format(question=QUESTION)).input_ids
+    state = state_of([prompt], {a_tokenizer(2).convert_tokens_to_ids("<video>")}, other.see(stream))
+    if kind == "string":  # the intersection goes token by token
+        wanted = drafter.processor(text=drafter.processor.prompt(QUESTION), events=stream)
+        assert torch.equal(other.own_inputs(state)["input_ids"], wanted["input_ids"])
+    model = tiny_llama(seed=3, vocab=400)
+    prompt = random_prompts(model, 2)
+    found = specfuse.generate(model, other, events=stream, **prompt, **GREEDY)
+    assert torch.equal(found, model.generate(**prompt, **GREEDY))
 
 
 def test_a_text_model_is_drafted_for(drafter: EventDrafter, stream: EventStream) -> None:

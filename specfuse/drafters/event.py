@@ -26,13 +26,12 @@ class EventDrafter(ModelDrafter):
     Args:
         model: the EventGPT.
         processor: its ``EventGptProcessor``.
-        tokenizer: the target's tokenizer, or its processor; what its ids mean is compared.
+        tokenizer: the target's tokenizer, or its processor; what its ids mean is compared with the drafter's.
         inputs: as from :meth:`see`, for every call without events of its own.
-        depth, branching: as for :class:`ModelDrafter`.
+        depth, branching, vocabulary: as for :class:`ModelDrafter`.
 
     Raises:
-        ValueError: an id means another thing to the target, a model that is no EventGPT, or as for
-            :class:`ModelDrafter`.
+        ValueError: a model that is no EventGPT, or as for :class:`ModelDrafter`.
     """
 
     takes_events = True
@@ -46,13 +45,17 @@ class EventDrafter(ModelDrafter):
         inputs: Mapping[str, Tensor] | None = None,
         depth: int = 5,
         branching: int = 1,
+        vocabulary: str = "auto",
     ):
         if not isinstance(model, EventGptForConditionalGeneration):
             raise ValueError(f"model must be an EventGptForConditionalGeneration, got {type(model).__name__}")
-        super().__init__(model, inputs=inputs, depth=depth, branching=branching)
+        tokenizers = {"tokenizer": processor.tokenizer, "target_tokenizer": tokenizer}
+        super().__init__(
+            model, inputs=inputs, depth=depth, branching=branching, vocabulary=vocabulary, **tokenizers
+        )
+        self.begin = getattr(tokenizer, "tokenizer", tokenizer).bos_token_id
         self.processor = processor
         self.scenes = SceneFeatures(self._encode)
-        check_same_tokens(getattr(tokenizer, "tokenizer", tokenizer), processor.tokenizer)
 
     @torch.no_grad()
     def see(
@@ -125,29 +128,8 @@ class EventDrafter(ModelDrafter):
     def _prompt(self, prompt: list[int], visual: frozenset[int]) -> list[int]:
         """A prompt of the target with the events where its first frame is, or at the start of its text."""
         config = self.model.config
-        start = int(prompt[:1] == [self.processor.tokenizer.bos_token_id])
+        start = int(prompt[:1] == [self.begin])
         place = next((i for i, token in enumerate(prompt) if token in visual), start)
-        text = [token if token < config.text_config.vocab_size else 0 for token in prompt]
-        after = [token for token, was in zip(text[place:], prompt[place:], strict=True) if was not in visual]
-        return text[:place] + [config.event_token_index] * config.event_tokens + after
-
-
-def check_same_tokens(target: Any, drafter: Any) -> None:
-    """Compares what the ids of two tokenizers mean.
-
-    Placeholders and other added tokens of the target may be missing: they do not occur in answers.
-
-    Raises:
-        ValueError: names the first token of the target's text that is another id to the drafter.
-    """
-    added = set(target.get_added_vocab())
-    ends = [token for token in (target.bos_token, target.eos_token) if token is not None]
-    mine = target.get_vocab()
-    its = drafter.get_vocab()
-    different = [token for token in (*ends, *mine.keys() - added) if its.get(token) != mine.get(token)]
-    if different:
-        token = min(different, key=lambda token: mine.get(token, -1))
-        raise ValueError(
-            f"tokenizer: {len(different)} of the target's {len(mine)} tokens are others to the drafter, "
-            f"first {token!r}: {mine.get(token)} to the target, {its.get(token)} to the drafter"
-        )
+        after = [token for token in prompt[place:] if token not in visual]
+        seen = [config.event_token_index] * config.event_tokens
+        return self.vocabulary.prompt(prompt[:place]) + seen + self.vocabulary.prompt(after)

@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specfuse.drafters.base import Drafter, DraftState, root_only
-from specfuse.drafters.same_noise import pick_alike, prompt_lengths, samples
+from specfuse.drafters.growing import GrowingTree
+from specfuse.drafters.same_noise import samples
+from specfuse.drafters.vocabulary import SameIds, vocabulary_for
 from specfuse.tree import TokenTree
 from specfuse.tree_forward import TreeForward
 
@@ -34,9 +36,15 @@ class ModelDrafter(Drafter):
         inputs: fixed inputs for this drafter (``input_ids [B, P]``, ``attention_mask``, pixels ...).
         depth: how many tokens deep it drafts; each costs one pass of the draft model.
         branching: 1 drafts a chain; k > 1 a tree: k children per node, the k best nodes of a level go on.
+        tokenizer: the draft model's, where its ids may mean other things than the target's.
+        target_tokenizer: the target's, together with ``tokenizer``.
+        vocabulary: how the two are brought together, see :func:`specfuse.drafters.vocabulary.vocabulary_for`:
+            "same" ids, token by token in their "intersection", as a "string" that the target's tokenizer
+            splits again, or "auto".
 
     Raises:
-        ValueError: ``depth`` or ``branching`` below 1, or a model that is no Hugging Face model.
+        ValueError: ``depth`` or ``branching`` below 1, a model that is no Hugging Face model, or vocabularies
+            that can not be brought together.
     """
 
     def __init__(
@@ -46,6 +54,9 @@ class ModelDrafter(Drafter):
         inputs: Mapping[str, Tensor] | None = None,
         depth: int = 5,
         branching: int = 1,
+        tokenizer: Any = None,
+        target_tokenizer: Any = None,
+        vocabulary: str = "auto",
     ):
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
@@ -53,6 +64,8 @@ class ModelDrafter(Drafter):
             raise ValueError(f"depth and branching must be at least 1, got {depth} and {branching}")
         self.model, self.inputs = model, inputs
         self.depth, self.branching = depth, branching
+        size = model.config.get_text_config(decoder=True).vocab_size
+        self.vocabulary = vocabulary_for(vocabulary, target_tokenizer, tokenizer, size)
 
     @torch.no_grad()
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
@@ -61,18 +74,23 @@ class ModelDrafter(Drafter):
             return root_only(state)
         draft = state.memory.get(id(self))
         if draft is None:
-            draft = state.memory[id(self)] = _Draft(self.model, self.own_inputs(state), state)
+            draft = state.memory[id(self)] = _Draft(
+                self.model, self.own_inputs(state), state, self.vocabulary
+            )
         logits = draft.catch_up(state)
-        growing = [_GrowingTree(state.root(b)) for b in range(state.batch_size)]
+        growing = [GrowingTree(state.root(b)) for b in range(state.batch_size)]
         frontier = [[0] for _ in growing]
         for level in range(levels):
             frontier = self._expand(draft, growing, frontier, logits, state)
             if level + 1 < levels:
                 logits = draft.run_level(growing, frontier)
         draft.forward.cache.set_lengths(draft.forward.cache.lengths)
-        rows = [
-            tree.best(max_nodes if active else 0) for tree, active in zip(growing, state.active, strict=True)
-        ]
+        rows = []
+        for b, tree in enumerate(growing):
+            active = state.active[b]
+            rows.append(
+                (self.vocabulary.translate(state, b, tree) if active else tree).best(active * max_nodes)
+            )
         return TokenTree.from_parents(*map(list, zip(*rows, strict=True)))
 
     def own_inputs(self, state: DraftState) -> dict[str, Any]:
@@ -100,28 +118,40 @@ class ModelDrafter(Drafter):
             raise ValueError(
                 "the prompt is given as embeddings: the draft model needs draft_inputs=... of its own"
             )
-        if takes_pixels or not shown:
+        translated = self.vocabulary.kind != "same"
+        if takes_pixels and shown and translated:
+            raise ValueError(
+                "the draft model sees pixels and has another vocabulary: pass draft_inputs=... with a prompt "
+                "of its own"
+            )
+        if (takes_pixels or not shown) and not translated:
             shared = {k: v for k, v in inputs.items() if k in accepted and v is not None}
             shared.pop("inputs_embeds", None)
             return shared | {"input_ids": state.inputs["input_ids"]}
-        vocab = self.model.config.get_text_config(decoder=True).vocab_size
-        prompts = [[t for t in state.question(b) if t < vocab] or [0] for b in range(state.batch_size)]
+        if translated:
+            prompts = [
+                self.vocabulary.prompt(list(state.question(b))) or [0] for b in range(state.batch_size)
+            ]
+        else:
+            vocab = self.vocabulary.size
+            prompts = [[t for t in state.question(b) if t < vocab] or [0] for b in range(state.batch_size)]
         return left_padded(prompts, self.model.device)
 
     def _expand(
         self,
         draft: _Draft,
-        growing: list[_GrowingTree],
+        growing: list[GrowingTree],
         frontier: list[list[int]],
         logits: Tensor,
         state: DraftState,
     ) -> list[list[int]]:
         """Gives every frontier node its children; the best ``branching`` of them are the new frontier."""
+        logits = self.vocabulary.restrict(logits)
         width = min(self.branching, logits.shape[-1])
         chances, tokens = logits.float().softmax(-1).topk(width, dim=-1)
         sampled = None
         if samples(state):
-            sampled = pick_alike(state, logits, draft.root_positions + draft.depth).tolist()
+            sampled = self.vocabulary.pick(state, logits, growing, frontier).tolist()
         following = []
         for b, tree in enumerate(growing):
             new = []
@@ -145,7 +175,9 @@ class ModelDrafter(Drafter):
 class _Draft:
     """The draft model's cache for one request: prompt, committed answer, then the tree being grown."""
 
-    def __init__(self, model: PreTrainedModel, inputs: dict[str, Any], state: DraftState):
+    def __init__(
+        self, model: PreTrainedModel, inputs: dict[str, Any], state: DraftState, vocabulary: SameIds
+    ):
         ids, mask = inputs["input_ids"], inputs.pop("attention_mask", None)
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
@@ -153,18 +185,16 @@ class _Draft:
         batch, length = ids.shape
         if batch != state.batch_size:
             raise ValueError(f"the drafter's inputs have {batch} rows, the target's {state.batch_size}")
-        self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
+        self.vocabulary = vocabulary
         reserve = min(max(state.remaining), _RESERVED_ANSWER) + 64
         self.forward = TreeForward(model, batch, length + reserve)
         self.last_logits = self.forward.prefill(inputs, mask)
         self.forward.cache.set_lengths([length] * batch)
-        self.fed = [0] * batch
+        self.prompt_slots, self.prompt_logits = length, self.last_logits.clone()
+        self.fed: list[list[int]] = [[] for _ in range(batch)]  # the answer, in the draft model's ids
         self.prompt_lengths = (
             torch.full((batch,), length) if mask is None else mask.sum(dim=1).to("cpu", torch.int64)
         )
-        target_lengths = prompt_lengths(state)
-        self.offset = target_lengths - self.prompt_lengths
-        self.root_positions = target_lengths - 1
         self.depth = 0
         self.slots: list[list[int]] = []
 
@@ -172,27 +202,41 @@ class _Draft:
         """Feeds what was committed since the last call; returns logits ``[B, 1, V]`` behind each root."""
         self.depth = 0
         self.slots = [[] for _ in state.answers]
-        new = [
-            [token if token < self.vocab_size else 0 for token in answer[fed:]] if active else []
-            for answer, fed, active in zip(state.answers, self.fed, state.active, strict=True)
-        ]
+        new = [self._cut_back(state, b) if active else [] for b, active in enumerate(state.active)]
         longest = max(map(len, new))
         if longest:
+            lengths = [self.prompt_slots + len(fed) for fed in self.fed]
+            self.forward.cache.set_lengths(lengths)
             tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in new])
-            starts = self.prompt_lengths + torch.tensor(self.fed)
+            starts = self.prompt_lengths + torch.tensor([len(fed) for fed in self.fed])
             positions = starts[:, None] + torch.arange(longest)
             causal = torch.ones(longest, longest, dtype=torch.bool).tril().expand(len(new), -1, -1)
             logits = self.forward.forward(tokens, positions, causal)
-            lengths = self.forward.cache.lengths
             self.forward.cache.set_lengths([n + len(row) for n, row in zip(lengths, new, strict=True)])
             for b, row in enumerate(new):
-                self.fed[b] += len(row)
+                self.fed[b] += row
                 if row:
                     self.last_logits[b, 0] = logits[b, len(row) - 1]
-        self.root_positions = self.prompt_lengths + self.offset + torch.tensor(self.fed) - 1
         return self.last_logits
 
-    def run_level(self, growing: list[_GrowingTree], frontier: list[list[int]]) -> Tensor:
+    def _cut_back(self, state: DraftState, b: int) -> list[int]:
+        """What a row's answer adds, after the cache was cut back to what it still begins with."""
+        fed = self.fed[b]
+        wanted = self.vocabulary.follow(state, b, fed)
+        if wanted == fed:
+            return []
+        kept = len(fed)
+        if wanted[:kept] != fed:
+            pairs = enumerate(zip(wanted, fed, strict=False))
+            kept = next((i for i, (one, other) in pairs if one != other), min(len(wanted), kept))
+        # The last token is fed again where nothing is left: its logits are wanted.
+        kept = min(kept, max(len(wanted) - 1, 0))
+        del fed[kept:]
+        if not wanted:
+            self.last_logits[b, 0] = self.prompt_logits[b, 0]
+        return wanted[kept:]
+
+    def run_level(self, growing: list[GrowingTree], frontier: list[list[int]]) -> Tensor:
         """Runs the frontier nodes (as many in every row); returns their logits ``[B, q, V]``."""
         count = max(map(len, frontier))
         pending = self.forward.cache.pending
@@ -201,45 +245,13 @@ class _Draft:
         for b, tree in enumerate(growing):
             mask[b, :, pending:].fill_diagonal_(True)
             for i, node in enumerate(frontier[b]):
-                tokens[b, i] = min(tree.tokens[node], self.vocab_size - 1)
+                tokens[b, i] = tree.tokens[node]
                 for column, earlier in enumerate(self.slots[b]):
                     mask[b, i, column] = tree.is_ancestor(earlier, node)
             self.slots[b] += [*frontier[b], *[-1] * (count - len(frontier[b]))]
-        roots = self.prompt_lengths + torch.tensor(self.fed) - 1
+        roots = self.prompt_lengths + torch.tensor([len(fed) for fed in self.fed]) - 1
         positions = (roots + self.depth)[:, None].expand(-1, count)
         return self.forward.forward(tokens, positions, mask)
-
-
-class _GrowingTree:
-    """A row's tree while the draft model grows it."""
-
-    def __init__(self, root: int):
-        self.tokens, self.parents, self.probs = [root], [-1], [1.0]
-        self.ancestors: list[frozenset[int]] = [frozenset()]
-        # First choice after first choice: what a greedy target says if the models agree, so it always stays.
-        self.trunk = [0]
-
-    def add(self, parent: int, token: int, chance: float) -> int:
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.probs.append(self.probs[parent] * chance)
-        self.ancestors.append(self.ancestors[parent] | {parent})
-        return len(self.tokens) - 1
-
-    def rank(self, node: int) -> tuple[bool, float]:
-        """Sorts the trunk first, then by probability."""
-        return node not in self.trunk, -self.probs[node]
-
-    def is_ancestor(self, earlier: int, node: int) -> bool:
-        return earlier in self.ancestors[node]
-
-    def best(self, max_nodes: int) -> tuple[list[int], list[int], list[float]]:
-        """The trunk and the most probable nodes: a tree, since probabilities fall along a path."""
-        order = sorted(range(len(self.tokens)), key=self.rank)[: max_nodes + 1]
-        chosen = sorted(order)
-        place = {node: i for i, node in enumerate(chosen)}
-        parents = [-1 if node == 0 else place[self.parents[node]] for node in chosen]
-        return [self.tokens[n] for n in chosen], parents, [self.probs[n] for n in chosen]
 
 
 def left_padded(rows: Sequence[list[int]], device: torch.device) -> dict[str, Any]:

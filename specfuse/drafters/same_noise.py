@@ -31,7 +31,7 @@ def pick_alike(state: DraftState, logits: Tensor, positions: Tensor) -> Tensor:
     Args:
         state: of a call that samples.
         logits: ``[B, q, V]`` of q nodes at one depth.
-        positions: ``[B]`` absolute position of the nodes of each row.
+        positions: ``[B]`` or ``[B, q]`` absolute position of the nodes of each row.
 
     Returns:
         ``[B, q]`` int64 token ids.
@@ -42,7 +42,7 @@ def pick_alike(state: DraftState, logits: Tensor, positions: Tensor) -> Tensor:
     picked = state.choice.pick(
         flat,
         roots,
-        positions.repeat_interleave(width),
+        positions.reshape(batch, -1).expand(batch, width).reshape(-1),
         state.choice.seeds.to(flat.device).repeat_interleave(width),
     )
     # -1 (a row without a distribution) becomes token 0: it is only a draft.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specfuse.data.world import split
-from specfuse.drafters.event import check_same_tokens
+from specfuse.drafters.vocabulary import check_same_tokens
 from specfuse.train.adapter_pairs import Pairs
 from specfuse.train.clip_store import load_clips
 from specfuse.train.distill import PLANS, drafter_states, tower_states

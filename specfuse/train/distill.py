@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specfuse.data.world import WORLD_SEED
-from specfuse.drafters.event import check_same_tokens
+from specfuse.drafters.vocabulary import check_same_tokens
 from specfuse.models.checkpoint import load_eventgpt, load_video_llava
 from specfuse.train.acceptance import chain_figures
 from specfuse.train.batches import pixels
