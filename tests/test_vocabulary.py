@@ -62,7 +62,8 @@ def test_pieces_spell_the_text(family: str) -> None:
         assert pieces.spell([1, *pieces.first(text.encode()), 2]).decode() == text
     for cut in range(2, 40):  # also in the middle of words
         before, text = (question + answer[:cut]).encode(), answer[cut : cut + 15].encode()
-        assert pieces.spell(pieces.after(before, text)) == text
+        # A space alone is no piece of WordPiece's.
+        assert pieces.spell(pieces.after(before, text)) in (text, text.rstrip())
     whole = pieces.after(question.encode(), answer[:60].encode())
     assert whole == tokenizer(family).encode(question + answer[:60])[-len(whole) :]
 
