@@ -68,7 +68,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", type=int, help="default: 6 a clip, 12 recorded answers")
     parser.add_argument("--longest", type=int, help="tokens of a recorded answer that are replayed")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--nodes", default="auto,4,8,16,32", help="of the corpus; the first is everybody's")
+    parser.add_argument("--nodes", default="16,auto,4,8,32", help="of the corpus; all have the first two")
     parser.add_argument("--only", action="append", help="systems whose name holds this, and model.generate")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the static cache's decoding too"
@@ -171,7 +171,7 @@ def curve_of(model: Any, asked: Asked) -> list[dict[str, Any]]:
     if model.device.type == "cuda":
         attend(model, "specfuse_tree")
     sample = {**asked.inputs, "max_new_tokens": max(asked.limit, 8), "do_sample": False}
-    times = pass_times(model, [sample], LENGTHS, rounds=9)
+    times = pass_times(model, [sample], LENGTHS, rounds=25)
     rows = [{"drafted": n, **table.percentiles([ms / 1e3 for ms in times[n]])} for n in LENGTHS]
     return [{**row, "ratio": round(row["p50_ms"] / rows[0]["p50_ms"], 3)} for row in rows]
 

@@ -170,8 +170,8 @@ for candidate in "${SPECFUSE_TRACE:-}" {"${SPECFUSE_SHARED_DATA:-}",shared/data,
   [[ -f $candidate ]] && { recording=$candidate; break; }
 done
 generate=("$PYTHON" benchmarks/bench_generate.py --device cuda --csv "$out")
-section "generate miniature" 120 "${generate[@]}" --clips 2 --rounds 2 --nodes auto,16
-replay=(--trace "$recording" --rounds 2 --questions 8 --nodes "auto,16,32")
+section "generate miniature" 120 "${generate[@]}" --clips 2 --rounds 2 --nodes 16,auto
+replay=(--trace "$recording" --rounds 2 --questions 8 --nodes "16,auto,32")
 section "generate 1b 2091" 240 "${generate[@]}" "${replay[@]}" --size 1b --prompt 2091
 section "generate 7b 2091" 300 "${generate[@]}" "${replay[@]}" --size 7b --prompt 2091
 section "generate 7b 4643" 300 "${generate[@]}" "${replay[@]}" --size 7b --prompt 4643

@@ -29,8 +29,7 @@ def replayed_lineup(model: Any, nodes: Nodes, compiled: bool) -> list[System]:
 
     A drafter that is a model is not among them: what it would draft for these answers was not recorded.
     """
-    first = nodes[0]
-    without: list[System] = []
+    first, without = nodes[0], []
     if model.device.type == "cuda":
         for name, make in ((PLAIN, lambda: None), (named("corpus, earlier answers", first), CorpusDrafter)):
             without.append(Specfuse(f"{name}, no graphs", model, make, first, remembers=True, graphs=False))
@@ -38,54 +37,59 @@ def replayed_lineup(model: Any, nodes: Nodes, compiled: bool) -> list[System]:
         Specfuse(named("corpus, earlier answers", size), model, CorpusDrafter, size, remembers=True)
         for size in nodes
     ]
+    others = [
+        Specfuse(named(name, size), model, make, size, remembers=name == "auto, earlier answers")
+        for name, make in (
+            ("lookup", PromptLookupDrafter),
+            ("auto, nothing remembered", auto),
+            ("auto, earlier answers", auto),
+        )
+        for size in nodes[:2]
+    ]
     return [
         *hugging_face(model, compiled),
         Specfuse(PLAIN, model, lambda: None),
-        Specfuse(named("lookup", first), model, PromptLookupDrafter, first),
-        Specfuse(named("auto, nothing remembered", first), model, auto, first),
+        *others[:-2],
         *corpus,
-        Specfuse(named("auto, earlier answers", first), model, auto, first, remembers=True),
+        *others[-2:],
         *without,
     ]
 
 
 def miniature_lineup(model: Any, processor: Any, nodes: Nodes, compiled: bool) -> list[System]:
     """Drafters with the shipped weights; one whose weights do not ship is left out."""
-    ships, first = miniature.shipped(), nodes[0]
-    found: list[System] = [*hugging_face(model, compiled), Specfuse(PLAIN, model, lambda: None)]
-
+    ships = miniature.shipped()
+    theirs = hugging_face(model, compiled)
     # The best drafter there is, if it were handed the video.
-    found.insert(3, assisted("HF assisted, a copy of the target, blind", model, copy.deepcopy(model)))
+    theirs.append(assisted("HF assisted, a copy of the target, blind", model, copy.deepcopy(model)))
+    found: list[System] = [Specfuse(PLAIN, model, lambda: None)]
 
-    def add(name: str, make: Any, size: int | str = first, sees: Any = None) -> None:
-        found.append(Specfuse(named(name, size), model, make, size, sees=sees))
-
-    def head(name: str) -> Drafter:
-        return HeadDrafter.from_pretrained(miniature.directory(name), model)
+    def add(name: str, make: Any, sizes: Nodes = nodes[:2], sees: Any = None) -> None:
+        for size in sizes:
+            found.append(Specfuse(named(name, size), model, make, size, sees=sees and Sees(sees)))
 
     add("lookup", PromptLookupDrafter)
     add("corpus, nothing remembered", CorpusDrafter)
     parts: list[Drafter] = []
     if "tiny-head" in ships:
-        parts = [head("tiny-head")]
+        parts = [HeadDrafter.from_pretrained(miniature.directory("tiny-head"), model)]
         add("head", lambda: parts[0])
     if "tiny-eventgpt" in ships:
         eventgpt = checkpoint.load_eventgpt(miniature.directory("tiny-eventgpt"), dtype=torch.float32)
         drafter = EventDrafter(*eventgpt, processor)
-        add("EventGPT", lambda: drafter, sees=Sees(drafter))
-        name = "HF assisted, EventGPT's decoder, blind"
-        found.insert(3, assisted(name, model, language_model(eventgpt[0], model)))
+        add("EventGPT", lambda: drafter, sees=drafter)
+        blind = language_model(eventgpt[0], model)
+        theirs.append(assisted("HF assisted, EventGPT's decoder, blind", model, blind))
     if "tiny-corpus" in ships:
-        for size in nodes:
-            add("corpus, answers on training clips", miniature.load_corpus, size)
+        add("corpus, answers on training clips", miniature.load_corpus, nodes)
         drafters = [PromptLookupDrafter(), *parts]
         add("combined", lambda: CombinedDrafter([miniature.load_corpus(), *drafters]))
-    return found
+    return theirs + found
 
 
 def named(drafter: str, nodes: int | str) -> str:
     """The row of a drafter and a tree size."""
-    return f"specfuse, {drafter}" + ("" if nodes == "auto" else f", {nodes} nodes")
+    return f"specfuse, {drafter}, {nodes} nodes"
 
 
 def language_model(source: Any, target: Any) -> LlamaForCausalLM:
