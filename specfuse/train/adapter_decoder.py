@@ -123,10 +123,12 @@ class _Collected:
         tokens = rows.tokens.cpu()
         spans = zip(tokens, rows.first.tolist(), rows.lengths.tolist(), strict=True)
         for answer, (text, first, length) in enumerate(spans):
-            places = torch.arange(max(first, CONTEXT), length - HORIZON + 1, every)
+            # A text shorter than the context begins with its first token again and again.
+            padded = torch.cat([text[:1].expand(CONTEXT), text])
+            places = torch.arange(first, length - HORIZON + 1, every)
             if not len(places):
                 continue
-            windows = text[places[:, None] + torch.arange(-CONTEXT, HORIZON)]
+            windows = padded[places[:, None] + torch.arange(CONTEXT + HORIZON)]
             self.contexts.append(windows[:, :CONTEXT])
             self.targets.append(windows[:, CONTEXT:])
             self.rows.append(torch.full((len(places),), len(self.sources) - 1))
