@@ -15,7 +15,9 @@ drafters of its own, so that "cold" means cold.
 
 Rows whose weights are not given and do not ship are left out and named. --model, --corpus, --naive,
 --distilled, --head and --head-events take directories (--corpus a file) other than the shipped ones; a head
-with events is given those of the naive EventGPT. Rows that see events encode them at a clip's first question.
+with events is given those of the naive EventGPT. --compression, which does not ship, takes an adapter that
+specfuse train adapter --kind compression trained behind the distilled EventGPT. Rows that see events encode
+them at a clip's first question.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ import torch
 from environment import COLUMNS, environment
 
 import specfuse
+from specfuse.adapters import CompressionDrafter, load_adapter
 from specfuse.data import miniature
 from specfuse.data.world import events, split
 from specfuse.demo import LONGEST, AskedClip, ask, choose
 from specfuse.drafters import CombinedDrafter, CorpusDrafter, Drafter, HeadDrafter, PromptLookupDrafter
+from specfuse.drafters.block import BlockDrafter
 from specfuse.generate import SpeculativeGenerator
 from specfuse.models import checkpoint
 from specfuse.session import FIRST_TURN
@@ -103,12 +107,19 @@ def table_rows(target: Any, processor: Any, options: argparse.Namespace) -> tupl
     fused = load("head-events", options.head_events, load_head)
     corpus, more = (load("corpus", options.corpus, load_corpus) for _ in range(2))
     eyes = naive or distilled
+    blocks = None
+    if options.compression is not None and distilled is not None:
+        adapter = load_adapter(options.compression)
+        if not isinstance(adapter, CompressionDrafter):
+            raise SystemExit(f"--compression must hold a compression adapter, not {type(adapter).__name__}")
+        blocks = BlockDrafter(adapter, distilled)
     parts = [more or CorpusDrafter(), PromptLookupDrafter(), *([head] if head else [])]
     found: dict[str, Row | None] = {
         PLAIN: Row("", None),
         "prompt lookup": Row("", PromptLookupDrafter()),
         "EventGPT, its own short answers": naive and Row("", naive, Sees(naive)),
         "EventGPT, distilled": distilled and Row("", distilled, Sees(distilled)),
+        "events, 16 tokens at once": blocks and Row("", blocks, Sees(distilled)),
         "head": head and Row("", head),
         "head and events": fused and eyes and Row("", fused, Sees(eyes)),
         "corpus, cold": Row("", CorpusDrafter()),
@@ -233,7 +244,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, dict[str, float]
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="1 clip, 2 questions: does it run?")
     parser.add_argument("--out", type=Path, help="directory for drafters.csv and drafters.md")
-    for name in ("model", "corpus", "naive", "distilled", "head", "head-events"):
+    for name in ("model", "corpus", "naive", "distilled", "head", "head-events", "compression"):
         parser.add_argument(f"--{name}", type=Path)
     options = parser.parse_args(arguments)
     if options.quick:

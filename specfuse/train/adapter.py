@@ -25,7 +25,7 @@ RATE = 1e-3
 RATES = {"cross-attention": 3e-3, "expander": 5e-3, "compression": 3e-3}  # of kinds that learn places too
 WEIGHT_DECAY = 0.01
 BATCH_NUMBERS = 2**18  # of the targets of a step
-LARGEST_BATCH = 256  # samples
+SMALLEST_BATCH, LARGEST_BATCH = 16, 256  # samples
 SMALL_BATCHES = {"compression": 64}  # a step of 16 distributions a sample is long; more of them teach more
 CHECK_EVERY = 50  # steps
 PATIENCE = 12  # checks without a better one
@@ -144,7 +144,8 @@ class AdapterTraining:
         if not self.checks.scores:
             self._check(budget)
         largest = SMALL_BATCHES.get(self.settings.kind, LARGEST_BATCH)
-        size = max(1, min(largest, BATCH_NUMBERS // self.pairs.target[0].numel(), len(self.train)))
+        fitting = max(SMALLEST_BATCH, BATCH_NUMBERS // self.pairs.target[0].numel())
+        size = min(largest, fitting, len(self.train))
 
         def loss_at(step: int, share: float) -> Tensor:
             self.adapter.train()
