@@ -47,7 +47,7 @@ def chain(memory: SceneMemory, features: Tensor | None, nodes: int = 3) -> list[
 
 def two_scenes(**options: Any) -> SceneMemory:
     """A scene where 1 goes on with 10 11 12 and an opposite one, asked about later, with 20 21 22."""
-    memory = SceneMemory(**options)
+    memory = SceneMemory(**{"background": False, **options})
     for _ in range(3):
         memory.remember(scene(1, 0, 0.1), [1, 10, 11, 12], QUESTION)
     for _ in range(3):
@@ -92,6 +92,21 @@ def test_a_scene_learns_its_own_answers() -> None:
 
 
 @needs_native
+def test_a_call_does_not_wait_for_an_index() -> None:
+    memory, start = two_scenes(background=True), threading.Event()
+    assert memory._worker is not None
+    memory._worker.submit(start.wait)
+    here = scene(1, 0.1, 0)[None]
+    first = state(here, [1])
+    assert memory.propose(first, 3).tokens[0, 1:].tolist() == [20, 21, 22], "as the corpus"
+    memory.learn(state(here, [1, 30, 31, 32]))
+    start.set()
+    memory._worker.submit(int).result()
+    assert memory.propose(first, 3).tokens[0, 1:].tolist() == [10, 11, 12]
+    assert set(chain(memory, here, 9)) >= {10, 30}, "and it has learned meanwhile"
+
+
+@needs_native
 def test_only_the_nearest_tokens_are_learned() -> None:
     memory = two_scenes(nearest_tokens=12)
     tree = memory.propose(state(scene(1, 0, 0)[None], [1]), 30)
@@ -105,7 +120,7 @@ def test_an_adapter_brings_scenes_known_by_video_and_by_events_together() -> Non
     with torch.no_grad():
         adapter.linear.weight.copy_(torch.tensor([[0.0, 1], [1, 0], [0, 0]]))
         adapter.linear.bias.zero_()
-    memory = SceneMemory(adapter=adapter)
+    memory = SceneMemory(adapter=adapter, background=False)
     memory.remember(scene(1, 0, 0), [1, 10, 11, 12], QUESTION, aligned=True)
     memory.remember(scene(1, 0), [1, 20, 21, 22], QUESTION)  # lies at (0, 1, 0)
     assert chain(memory, scene(0, 1)[None]) == [10, 11, 12]
@@ -167,7 +182,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     memory = two_scenes()
     memory.observe([1, 40, 41, 42], QUESTION)
     memory.save(tmp_path / "scenes.safetensors")
-    loaded = SceneMemory().load(tmp_path / "scenes.safetensors")
+    loaded = SceneMemory(background=False).load(tmp_path / "scenes.safetensors")
     for features in (scene(1, 0, 0)[None], scene(0, 1, 0)[None], None):
         assert chain(loaded, features, 9) == chain(memory, features, 9)
     assert len(loaded) == len(memory) == 3

@@ -6,8 +6,10 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,13 +29,20 @@ FEATURES = "scene_features"
 _INDEXES = 8  # indexes kept, of the scenes asked about last
 
 
+class _Row(NamedTuple):
+    """A row of a call."""
+
+    scene: tuple[int, np.ndarray] | None  # key and features [D]; None where the call gave none
+    near: Future[CorpusDrafter] | None  # its index
+
+
 class SceneMemory(Drafter):
     """A :class:`CorpusDrafter` whose answers are ordered anew for every scene, the most similar scenes last.
 
     Scenes are compared by the cosine of their features, after an adapter if there is one. A corpus trusts
     what it saw last; the index of a scene has seen its nearest neighbours last. It is made at the first
-    question about the scene, in about 0.3 us a token, and learns the scene's own answers as they come. A call
-    without features drafts as a CorpusDrafter does.
+    question about the scene, by a thread of its own in about 0.4 us a token, and learns the scene's own
+    answers as they come. A call without features, or whose index is not made yet, drafts as a CorpusDrafter.
 
     Args:
         encode: features ``[S, I]`` of S event streams rendered at some size, e.g. :func:`pooled_events`: with
@@ -43,7 +52,8 @@ class SceneMemory(Drafter):
             that scenes known by events and by video (``remember(..., aligned=True)``) are compared.
         max_tokens: how many tokens of answers are kept, the oldest scenes leaving first.
         nearest_tokens: how many tokens of the nearest scenes' answers an index learns. More help little and
-            make the first question wait.
+            take longer.
+        background: False waits for a scene's index, so that drafts do not depend on the time it takes.
 
     Raises:
         ValueError: ``nearest_tokens`` below 1, or ``max_tokens`` as for :class:`CorpusDrafter`.
@@ -56,6 +66,7 @@ class SceneMemory(Drafter):
         *,
         max_tokens: int = 1_000_000,
         nearest_tokens: int = 65_536,
+        background: bool = True,
     ):
         if nearest_tokens < 1:
             raise ValueError(f"nearest_tokens must be at least 1, got {nearest_tokens}")
@@ -64,7 +75,8 @@ class SceneMemory(Drafter):
         self.takes_events = encode is not None
         self._seen = None if encode is None else SceneFeatures(encode)
         self._store = SceneStore(max_tokens)
-        self._indexes: OrderedDict[int, CorpusDrafter] = OrderedDict()
+        self._indexes: OrderedDict[int, Future[CorpusDrafter]] = OrderedDict()
+        self._worker = ThreadPoolExecutor(1, "specfuse scenes") if background else None
         self._lock = threading.Lock()
 
     def see(self, events: Any, event_size: tuple[int, int] | str | None = None) -> dict[str, Tensor]:
@@ -83,9 +95,11 @@ class SceneMemory(Drafter):
 
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
         """See :meth:`Drafter.propose`."""
-        rows = range(state.batch_size)
-        drafts = [self._scenes(state)[b][1].draft_row(state, b, max_nodes) for b in rows]
-        return as_trees([state.root(b) for b in rows], drafts)
+        drafts = []
+        for b, (_, index) in enumerate(self._scenes(state)):
+            drafter = self.corpus if index is None or not index.done() else index.result()
+            drafts.append(drafter.draft_row(state, b, max_nodes))
+        return as_trees([state.root(b) for b in range(state.batch_size)], drafts)
 
     def similarities(self, features: Tensor) -> Tensor:
         """``[S]`` cosines of one scene ``[I]`` with those remembered, oldest first; NaN for answers without.
@@ -124,8 +138,8 @@ class SceneMemory(Drafter):
             key, features = scene or (None, None)
             answer, question = state.answers[b], state.question(b)
             self._remember(key, features, answer, question)
-            if index is not self.corpus:
-                index.observe(answer, question)
+            if index is not None:
+                index.add_done_callback(partial(_observe, answer, question))
 
     def _remember(
         self, key: int | None, features: np.ndarray | None, tokens: Sequence[int], question: Sequence[int]
@@ -139,18 +153,15 @@ class SceneMemory(Drafter):
 
     # ---------------------------------------------------------------- scenes
 
-    def _scenes(self, state: DraftState) -> list[tuple[tuple[int, np.ndarray] | None, CorpusDrafter]]:
+    def _scenes(self, state: DraftState) -> list[_Row]:
         """Per row its scene, and the index that drafts for it."""
         known = state.memory.get(id(self))
         if known is None:
             features = self._given(state)
-            known = []
-            for row in [None] * state.batch_size if features is None else [_row(x) for x in features]:
-                if row is None:
-                    known.append((None, self.corpus))
-                    continue
-                scene = _key(row), self._aligned(row)
-                known.append((scene, self._index_of(*scene)))
+            known = [_Row(None, None)] * state.batch_size
+            if features is not None:
+                scenes = [(_key(row), self._aligned(row)) for row in map(_row, features)]
+                known = [_Row(scene, self._index_of(*scene)) for scene in scenes]
             state.memory[id(self)] = known
         return known
 
@@ -180,23 +191,30 @@ class SceneMemory(Drafter):
         x = torch.from_numpy(row)[None].to(weight.device, weight.dtype)
         return self.adapter(x)[0].float().cpu().numpy()
 
-    def _index_of(self, key: int, features: np.ndarray) -> CorpusDrafter:
-        # In Python an index takes a second to learn what a native one learns in 20 ms.
+    def _index_of(self, key: int, features: np.ndarray) -> Future[CorpusDrafter] | None:
+        # In Python an index takes a second to learn what a native one learns in 25 ms.
         if native.cpu is None:
-            return self.corpus
+            return None
         with self._lock:
-            found = self._indexes.get(key)
-            if found is not None:
-                self._indexes.move_to_end(key)
-                return found
-            answers = self._store.nearest(features, self.nearest_tokens)
-        index = CorpusDrafter(self.corpus.max_tokens)
-        index.replace(content_of(answers, self.corpus.content().gates))
-        with self._lock:
-            self._indexes[key] = index
+            index = self._indexes.get(key)
+            if index is None:
+                index = self._indexes[key] = self._made(self._store.nearest(features, self.nearest_tokens))
+            self._indexes.move_to_end(key)
             while len(self._indexes) > _INDEXES:
                 self._indexes.popitem(last=False)
         return index
+
+    def _made(self, answers: list[Answer]) -> Future[CorpusDrafter]:
+        def make() -> CorpusDrafter:
+            index = CorpusDrafter(self.corpus.max_tokens)
+            index.replace(content_of(answers, self.corpus.content().gates))
+            return index
+
+        if self._worker is not None:
+            return self._worker.submit(make)
+        made: Future[CorpusDrafter] = Future()
+        made.set_result(make())
+        return made
 
     # ---------------------------------------------------------------- content
 
@@ -251,6 +269,10 @@ def pooled_events(model: Any, processor: Any) -> Callable[[list[EventStream], An
         return tokens.unflatten(0, pixels.shape[:2]).mean((1, 2))
 
     return encode
+
+
+def _observe(answer: Sequence[int], question: Sequence[int], index: Future[CorpusDrafter]) -> None:
+    index.result().observe(answer, question)
 
 
 def _row(features: Tensor) -> np.ndarray:
