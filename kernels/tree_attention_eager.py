@@ -140,11 +140,15 @@ def prefix_and_tree(x: TreeInputs, flash: bool) -> Tensor:
         return torch.zeros_like(x.q)
     prefix, lse = _flash_package(x) if flash else _flash_torch(x)
     tree, tree_lse = _tree_part(x)
-    top = torch.maximum(lse, tree_lse).clamp(min=torch.finfo(lse.dtype).min)
-    parts = [(lse - top).exp()[..., None], (tree_lse - top).exp()[..., None]]
+    return merge_parts(prefix, lse, tree, tree_lse).to(x.q.dtype).reshape(x.q.shape)
+
+
+def merge_parts(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> Tensor:
+    """Attention over two sets of keys from that over each, ``[..., D]``, and their log-sum-exps ``[...]``."""
+    top = torch.maximum(first_lse, second_lse).clamp(min=torch.finfo(first_lse.dtype).min)
+    parts = [(first_lse - top).exp()[..., None], (second_lse - top).exp()[..., None]]
     total = parts[0] + parts[1]
-    out = (parts[0] * prefix + parts[1] * tree) / total.masked_fill(total == 0, 1)
-    return out.to(x.q.dtype).reshape(x.q.shape)
+    return (parts[0] * first + parts[1] * second) / total.masked_fill(total == 0, 1)
 
 
 def _flash_torch(x: TreeInputs) -> tuple[Tensor, Tensor]:

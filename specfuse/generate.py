@@ -11,7 +11,7 @@ hook, so that every argument means here what it means there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from specfuse.exclusive import exclusive
 from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
 from specfuse.stats import Clock, GenerationStats
+from specfuse.stream import AnswerStream
 from specfuse.tree import TokenTree
 from specfuse.tree_size import LARGEST, TreeSize, costs_of
 from specfuse.video_prompt import with_video
@@ -187,6 +188,35 @@ class SpeculativeGenerator:
         decode = functools.partial(_hand_over, generator=self, request=request)
         return self.model.generate(inputs, custom_generate=decode, **kwargs)
 
+    def stream(
+        self, requests: Iterable[Mapping[str, Any] | None], *, batch_size: int = 8, partial: bool = False
+    ) -> AnswerStream:
+        """Answers any number of requests, ``batch_size`` at a time; a row that finishes makes room.
+
+        Every answer is the one that :meth:`generate` gives the request alone.
+
+            for answer in generator.stream({"id": i, **inputs[i], "max_new_tokens": 50} for i in range(999)):
+                print(answer.id, tokenizer.decode(answer.tokens))
+
+        Args:
+            requests: any iterable of what :meth:`generate` would be called with, one prompt each, and an
+                ``"id"`` if you like. Asked for the next one whenever a row is free, not before; None where
+                there is none at the moment: the running rows go on.
+            batch_size: rows that run at once.
+            partial: also yield what every pass added, with ``finished`` False.
+
+        Returns:
+            An iterator over :class:`specfuse.stream.StreamedAnswer` in the order in which they finish. A
+            request that fails comes out with its ``error``; the others do not notice. Closing it, or
+            dropping it, ends it.
+
+        Raises:
+            ValueError: ``batch_size`` below 1, or a generator with a lossy ``accept``.
+        """
+        if self.rule is not None:
+            raise ValueError("a stream is lossless: give it a generator without accept=...")
+        return AnswerStream(self, requests, batch_size, partial)
+
     def _decode(
         self, model: PreTrainedModel, input_ids: Tensor, request: Mapping[str, Any], **prepared: Any
     ) -> GenerateDecoderOnlyOutput | Tensor:
@@ -194,32 +224,39 @@ class SpeculativeGenerator:
         with exclusive(model), torch.no_grad():
             return self._loop(model, input_ids, request, **prepared)
 
-    def _loop(
+    def _started(
         self,
         model: PreTrainedModel,
         input_ids: Tensor,
         request: Mapping[str, Any],
+        stats: GenerationStats,
         *,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **model_kwargs: Any,
-    ) -> GenerateDecoderOnlyOutput | Tensor:
+    ) -> GenerationRun:
         check_config(generation_config)
         check_takes_events(self.drafter, request["events"])
-        clock, stats = Clock(), GenerationStats()
         answers = Answers(input_ids, stopping_criteria, generation_config, request["streamer"])
         run = GenerationRun(
             model, answers, generation_config, logits_processor, model_kwargs, request, self.max_nodes
         )
+        run.drafter = run.state.memory[id(self)] = SupervisedDrafter(self.drafter, stats)
+        run.target.keeps_states = run.drafter.needs_target
+        return run
+
+    def _loop(
+        self, model: PreTrainedModel, input_ids: Tensor, request: Mapping[str, Any], **prepared: Any
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        clock, stats = Clock(), GenerationStats()
+        run = self._started(model, input_ids, request, stats, **prepared)
         # A rule decides on the host, between passes.
         run.use_graphs(self.graphs if self.rule is None else False)
         pace = self._pace(input_ids)
-        drafter = run.drafter = run.state.memory[id(self)] = SupervisedDrafter(self.drafter, stats)
-        run.target.keeps_states = drafter.needs_target
         walk = None if self.rule is None else LossyWalk(self.rule, run, self.drafter)
 
-        tree = self._propose(run.state, pace) if drafter.drafts_first else root_only(run.state)
+        tree = self._first_tree(run.state, pace)
         stats.draft_ms += clock.lap()
         tree, verified, committed = run.first_step(tree)
         stats.prefill_ms += clock.lap()
@@ -243,6 +280,10 @@ class SpeculativeGenerator:
         if not isinstance(output, Tensor):
             output.acceptance = dict(self.last_acceptance)
         return output
+
+    def _first_tree(self, state: DraftState, pace: Backoff) -> TokenTree:
+        drafts_first = state.memory[id(self)].drafts_first
+        return self._propose(state, pace) if drafts_first else root_only(state)
 
     def _propose(self, state: DraftState, pace: Backoff) -> TokenTree:
         drafter: SupervisedDrafter = state.memory[id(self)]
