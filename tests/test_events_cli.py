@@ -80,6 +80,17 @@ def test_convert_there_and_back(recording: Path, tmp_path: Path, capsys: pytest.
     assert "events" in capsys.readouterr().out
 
 
+def test_convert_asks_before_it_replaces(
+    recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "old.npz"
+    out.write_bytes(b"precious")
+    line = refused(capsys, "events", "convert", recording, out)
+    assert "old.npz' exists; --force replaces it" in line and out.read_bytes() == b"precious"
+    events("convert", recording, out, "--force")
+    assert same(load(out), load(recording))
+
+
 def test_simulate_the_world(tmp_path: Path) -> None:
     events("simulate", 7, "--out", tmp_path / "w.npz", "--size", "16x16", "--rate", 16)
     assert same(load(tmp_path / "w.npz"), world_events(7, 16, 16))
@@ -111,11 +122,18 @@ def test_a_still_video_makes_noise_alone(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["info", "missing.npz"], "missing.npz: no such file of events"),
-        (["info", "{a}", "--sensor", "640"], "a size is written WIDTHxHEIGHT, such as 640x480, got '640'"),
+        (["info", "{a}", "--sensor", "640"], "--sensor must be WIDTHxHEIGHT, such as 640x480, got '640'"),
         (["info", "{a}", "--sensor", "8x8"], "outside the sensor: width is 8"),
         (["info", "{a}", "--format", "aedat"], "format must be one of npz, hdf5"),
         (["info", "{a}", "--end-us", "5"], "no events between its beginning and 5 us"),
-        (["render", "{a}", "--out", "{tmp}/png", "--size", "3x3"], "too small"),
+        (["render", "{a}", "--out", "{tmp}/png", "--size", "3"], "--size must be WIDTHxHEIGHT"),
+        (["render", "{a}", "--out", "{tmp}/png", "--size", "3x3"], "--size must be at least 32x24 for these"),
+        (
+            ["info", "{a}", "--start-us", "9", "--end-us", "5"],
+            "--end-us must not be before --start-us, got 5",
+        ),
+        (["info", "{a}", "--start-us", "x"], "--start-us': Input should be a valid integer"),
+        (["render", "{a}", "--out", "{tmp}/png", "--images=0"], "greater than or equal to 1, got '0'"),
         (["convert", "{a}", "{tmp}/b.raw"], "written as npz or hdf5"),
         (["convert", "{a}", "{a}", "--end-us", "1000002000"], "OUT must be another file than FILE"),
         (["convert", "{a}", "{tmp}/none/b.npz"], "OUT must be a file in an existing directory, got"),

@@ -39,8 +39,9 @@ def info(
     json: bool = typer.Option(False, "--json", help="Print JSON, alone on stdout."),
 ) -> None:
     """Count the events of a recording: duration, rate, sensor, polarities."""
+    _check_slice(start_us, end_us)
     with _readable(), working("reading", shown=not json):
-        figures = _figures(file, format, start_us, end_us, _pixels(sensor))
+        figures = _figures(file, format, start_us, end_us, _pixels("--sensor", sensor))
     if json:
         print_json(figures)
         return
@@ -66,8 +67,13 @@ def render(
 
     from specfuse.events import render_eventgpt
 
-    canvas = size if size == "infer" else _pixels(size)
-    pictures = render_eventgpt(_loaded(file, format, start_us, end_us, sensor), images, canvas)
+    canvas = size if size == "infer" else _pixels("--size", size)
+    stream = _loaded(file, format, start_us, end_us, sensor)
+    if isinstance(canvas, tuple) and len(stream):
+        height, width = int(stream.y.max()) + 1, int(stream.x.max()) + 1
+        if canvas[0] < height or canvas[1] < width:
+            raise UserError(f"--size must be at least {width}x{height} for these events, got {size!r}")
+    pictures = render_eventgpt(stream, images, canvas)
     out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         path = out / f"{file.stem}_{i}.png"
@@ -86,6 +92,7 @@ def convert(
     compress: bool | None = typer.Option(
         None, "--compress/--no-compress", help="By default .h5 is compressed and .npz is not."
     ),
+    force: bool = typer.Option(False, "--force", help="Replace OUT where it exists."),
 ) -> None:
     """Write a recording, or a slice of it, in another format."""
     from specfuse.events import save
@@ -93,6 +100,8 @@ def convert(
     _check_out("OUT", out)
     if out.exists() and out.samefile(file):
         raise UserError(f"OUT must be another file than FILE, got {str(out)!r} for both")
+    if out.exists() and not force:
+        raise UserError(f"OUT {str(out)!r} exists; --force replaces it")
     stream = _loaded(file, format, start_us, end_us, sensor)
     with _readable(), working(f"writing {out}"):
         save(out, stream, compress=compress)
@@ -123,7 +132,7 @@ def simulate(
     if seed < 0:
         raise UserError(f"--seed must be 0 or above, got {seed}")
     model = Sensor() if threshold is None else Sensor(threshold_on=threshold, threshold_off=threshold)
-    pixels = _pixels(size)
+    pixels = _pixels("--size", size)
     with _readable(), working("simulating"):
         if source.isdecimal():
             stream = _world(int(source), pixels, rate, model)
@@ -205,16 +214,22 @@ def _loaded(
 ) -> EventStream:
     from specfuse.events import load
 
+    _check_slice(start_us, end_us)
     with _readable(), working(f"reading {file}"):
-        return load(file, format, start_us=start_us, end_us=end_us, size=_pixels(sensor))
+        return load(file, format, start_us=start_us, end_us=end_us, size=_pixels("--sensor", sensor))
 
 
-def _pixels(text: str | None) -> tuple[int, int] | None:
-    """``(height, width)`` of "640x480"."""
+def _check_slice(start_us: int | None, end_us: int | None) -> None:
+    if start_us is not None and end_us is not None and end_us < start_us:
+        raise UserError(f"--end-us must not be before --start-us, got {end_us} and {start_us}")
+
+
+def _pixels(option: str, text: str | None) -> tuple[int, int] | None:
+    """``(height, width)`` of an option's "640x480"."""
     if text is None:
         return None
     if not (found := re.fullmatch(r"([1-9]\d{0,4})[xX]([1-9]\d{0,4})", text)):
-        raise UserError(f"a size is written WIDTHxHEIGHT, such as 640x480, got {text!r}")
+        raise UserError(f"{option} must be WIDTHxHEIGHT, such as 640x480, got {text!r}")
     return int(found[2]), int(found[1])
 
 

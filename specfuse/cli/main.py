@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
@@ -106,7 +107,18 @@ def run(arguments: Sequence[str]) -> int:
         message: Callable[[], str] | None = getattr(error, "format_message", None)
         if message is None:
             raise
-        return _fail(" ".join(message().split()), getattr(error, "exit_code", 2))
+        return _fail(_with_value(" ".join(message().split()), arguments), getattr(error, "exit_code", 2))
+
+
+def _with_value(message: str, arguments: Sequence[str]) -> str:
+    """A usage error with the value that was given: typer names the option alone."""
+    option = re.match(r"Invalid value for '(--[\w-]+)'", message)
+    for at, argument in enumerate(arguments) if option else ():
+        name, equals, value = argument.partition("=")
+        if option and name == option[1] and (equals or at + 1 < len(arguments)):
+            given = value if equals else arguments[at + 1]
+            return message if repr(given) in message else f"{message}, got {given!r}"
+    return message
 
 
 def _one_line(error: Exception) -> str:
