@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from end_to_end import inputs, shapes, table
-from end_to_end.contest import Differs, Timed, run, warm_up
+from end_to_end.contest import CLOCKS, Differs, Timed, run, warm_up
 from end_to_end.replayed import Script, imperfect
 from end_to_end.simulated import SimulatedDrafter
 from end_to_end.systems import GENERATE, PLAIN, Asked, HuggingFace, Specfuse, System, assisted
@@ -121,7 +121,7 @@ class Bench:
         """One row."""
         systems, questions = self.systems(point), self.questions(point)
         warm_up(systems, questions[:1], memory=False)
-        return row_of(point, run(systems, questions, self.options.rounds))
+        return row_of(point, run(systems, questions, self.options.rounds, CLOCKS[self.options.clock]))
 
 
 def small_model(target: Any) -> LlamaForCausalLM:
@@ -200,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--new-tokens", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--no-assisted", action="store_true", help="leave out Hugging Face's loop")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: on a CPU that others use")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
@@ -223,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         prompt_tokens=bench.prompt.tokens,
         questions=2 * options.answers,
         rounds=options.rounds,
+        clock=options.clock,
     )
     if options.csv is not None:
         table.append(options.csv / "acceptance.csv", ROW, shared, rows)

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from end_to_end import inputs, lineups, shapes, table
-from end_to_end.contest import Differs, run, warm_up
+from end_to_end.contest import CLOCKS, Differs, run, warm_up
 from end_to_end.replayed import Script, hook_us
 from end_to_end.systems import Asked, System, attend
 
@@ -74,6 +74,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--compile", action="store_true", help="torch.compile the static cache's decoding too"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: on a CPU that others use")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", help="of models with random weights")
@@ -81,6 +82,8 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-pass-times", action="store_true", help="leave out T(n)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(arguments)
+    if options.clock == "processor" and torch.device(options.device).type == "cuda":
+        parser.error("--clock processor: a GPU works while its host waits; use wall")
     options.nodes = [size if size == "auto" else int(size) for size in options.nodes.split(",")]
     return options
 
@@ -122,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         contest = prepare(options)
         chosen = choose(contest.systems, options.only, options.device)
         peaks = warm_up(chosen, contest.warm)
-        found = run(chosen, contest.asked, options.rounds, quiet if options.json else progress)
+        tell = quiet if options.json else progress
+        found = run(chosen, contest.asked, options.rounds, CLOCKS[options.clock], tell)
     except (MemoryError, ValueError, OSError, Differs) as error:
         raise SystemExit(f"bench_generate: {error}") from None
     rows = table.rows(found, peaks)
@@ -131,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         prompt_tokens=contest.asked[0].inputs["input_ids"].shape[1],
         questions=sum(each.scored for each in contest.asked),
         rounds=options.rounds,
+        clock=options.clock,
         **contest.name,
     )
     curve = [] if options.no_pass_times else curve_of(contest.model, contest.asked[0])
@@ -140,9 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if options.json:
         print(json.dumps({**shared, "rows": rows, "pass_times": curve}))
         return rows
-    prompt, load = shared["prompt_tokens"], shared["load"]
-    print(f"{shared['input']}, {shared['model']}, prompt of {prompt:,} tokens, {shared['dtype']}, ", end="")
-    print(f"{shared['questions']} answers x {options.rounds}, {options.threads} thread(s), load {load}")
+    length, load = shared["prompt_tokens"], shared["load"]
+    print(f"{shared['input']}, {shared['model']}, prompt of {length:,} tokens, {shared['dtype']}, ", end="")
+    print(f"{shared['questions']} answers x {options.rounds}, {options.threads} thread(s), ", end="")
+    print(f"{options.clock} time, load {load}")
     if contest.script is not None:
         costs = [hook_us(contest.script, n, shapes.VOCABULARY, contest.model.dtype) for n in (1, 17)]
         print(f"replaying adds {costs[0]:.0f} us to a pass of 1 node and {costs[1]:.0f} us to one of 17")

@@ -39,7 +39,7 @@ def replay(parts: SimpleNamespace, nodes: tuple[int, ...] = (4,)) -> tuple[Any, 
 
 
 def answer_of(system: Any, asked: Any, parts: SimpleNamespace) -> list[int]:
-    return parts.contest._measured(system, asked, False)[1]
+    return parts.contest._measured(system, asked)[1]
 
 
 # ---------------------------------------------------------------- replayed answers
@@ -173,13 +173,13 @@ def test_acceptance_curve_puts_the_published_figure_beside(
 
 
 def timed(parts: SimpleNamespace, seconds: float, first: float, tokens: int, **other: Any) -> Any:
-    values = {"turn": 0, "scored": True, "passes": tokens, "parts_ms": {}} | other
+    values = {"turn": 0, "scored": True, "passes": tokens, "shares": {}} | other
     return parts.contest.Timed(0, 0, seconds=seconds, first_seconds=first, tokens=tokens, **values)
 
 
 def test_figures_of_a_row(parts: SimpleNamespace) -> None:
     second = {"turn": 1, "scored": False}
-    shares = {"prefill": 200.0, "draft": 25.0, "verify": 50.0, "commit": 0.0}
+    shares = {"prefill": 0.4, "draft": 0.05, "verify": 0.1, "commit": 0.0}
     found = {
         "model.generate": [
             timed(parts, 1.0, 0.2, 9),
@@ -187,8 +187,8 @@ def test_figures_of_a_row(parts: SimpleNamespace) -> None:
             timed(parts, 3.0, 3.0, 1, **second),
         ],
         "specfuse": [
-            timed(parts, 0.4, 0.2, 9, passes=3, parts_ms=shares),
-            timed(parts, 0.6, 0.4, 9, passes=3, parts_ms=shares),
+            timed(parts, 0.4, 0.2, 9, passes=3, shares=shares),
+            timed(parts, 0.6, 0.4, 9, passes=3, shares=shares),
             timed(parts, 0.1, 0.1, 1, **second),
         ],
     }

@@ -25,7 +25,10 @@ class Timed(NamedTuple):
     first_seconds: float  # to the first token
     tokens: int
     passes: int  # forward passes of the target
-    parts_ms: dict[str, float]  # specfuse: prefill, draft, verify, commit
+    shares: dict[str, float]  # specfuse: of prefill, draft, verify, commit in the call's wall time
+
+
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 class Differs(Exception):
@@ -44,7 +47,7 @@ def warm_up(systems: Sequence[System], questions: Sequence[Asked], memory: bool 
     for asked in questions:
         expected: list[int] | None = None
         for system in systems:
-            _, tokens, peak = _measured(system, asked, memory and len(peaks) < len(systems))
+            _, tokens, peak = _measured(system, asked, memory=memory and len(peaks) < len(systems))
             if peak is not None:
                 peaks[system.name] = peak
             expected = tokens if expected is None else expected
@@ -56,6 +59,7 @@ def run(
     systems: Sequence[System],
     questions: Sequence[Asked],
     rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
     tell: Callable[[int, Asked], object] = lambda number, asked: None,
 ) -> dict[str, list[Timed]]:
     """All questions ``rounds`` times, by competitor; another one begins each time.
@@ -74,7 +78,7 @@ def run(
             answers = {}
             for step in range(len(systems)):
                 system = systems[(turns + step) % len(systems)]
-                timed, answers[system.name], _ = _measured(system, asked, False)
+                timed, answers[system.name], _ = _measured(system, asked, clock)
                 found[system.name].append(timed._replace(round=number, question=place))
             for system in systems:
                 _compare(system, asked, answers[system.name], answers[systems[0].name])
@@ -91,24 +95,26 @@ def _compare(system: System, asked: Asked, tokens: list[int], expected: list[int
         )
 
 
-def _measured(system: System, asked: Asked, memory: bool) -> tuple[Timed, list[int], int | None]:
+def _measured(
+    system: System, asked: Asked, clock: Callable[[], float] = time.perf_counter, memory: bool = False
+) -> tuple[Timed, list[int], int | None]:
     asked.prepare()
     system.before(asked)
     counting = counted(system.model) if system.counted else nullcontext([0])
-    watch, device = FirstToken(), next(system.model.parameters()).device
+    watch, device = FirstToken(clock), next(system.model.parameters()).device
     peak = PeakMemory(device) if memory else None
     with counting as passes, peak or nullcontext():
         wait(device)
-        start = time.perf_counter()
+        start, begin = clock(), time.perf_counter()
         sequences = system.answer(asked, watch)
         wait(device)
-        seconds = time.perf_counter() - start
+        seconds, wall = clock() - start, time.perf_counter() - begin
     tokens = sequences[0, asked.inputs["input_ids"].shape[1] :].tolist()
     stats = system.stats
     made = passes[0] if system.counted else len(tokens) if stats is None else stats.passes
     names = ("prefill", "draft", "verify", "commit") if stats is not None else ()
-    parts = {name: getattr(stats, f"{name}_ms") for name in names}
-    timed = Timed(0, 0, asked.turn, asked.scored, seconds, watch.at - start, len(tokens), made, parts)
+    shares = {name: getattr(stats, f"{name}_ms") / 1e3 / wall for name in names}
+    timed = Timed(0, 0, asked.turn, asked.scored, seconds, watch.at - start, len(tokens), made, shares)
     return timed, tokens, None if peak is None else peak.bytes
 
 

@@ -15,7 +15,7 @@ from environment import COLUMNS, environment
 from end_to_end.contest import Timed
 from end_to_end.systems import GENERATE, LOOKUP, PLAIN
 
-ABOUT = ("input", "model", "prompt_tokens", "dtype", "threads", "load", "questions", "rounds")
+ABOUT = ("input", "model", "prompt_tokens", "dtype", "threads", "load", "clock", "questions", "rounds")
 TIMES = ("p20_ms", "p50_ms", "p80_ms", "first_ms", "second_first_ms", "tokens_per_s", "decode_tokens_per_s")
 PARTS = ("prefill", "draft", "verify", "commit", "other")
 RATIOS = ("over_generate", "decode_over_generate", "decode_over_lookup", "decode_over_plain")
@@ -79,11 +79,11 @@ def decode_seconds(timed: Timed) -> float:
 
 
 def _shares(timed: Sequence[Timed]) -> dict[str, Any]:
-    scored = [each for each in timed if each.scored and each.parts_ms]
+    scored = [each for each in timed if each.scored and each.shares]
     if not scored:
         return {f"{part}_share": "" for part in PARTS}
-    total = 1e3 * sum(each.seconds for each in scored)
-    shares = {part: sum(each.parts_ms[part] for each in scored) / total for part in PARTS[:-1]}
+    total = sum(each.seconds for each in scored)
+    shares = {part: sum(each.shares[part] * each.seconds for each in scored) / total for part in PARTS[:-1]}
     shares["other"] = 1 - sum(shares.values())
     return {f"{part}_share": round(share, 4) for part, share in shares.items()}
 
