@@ -169,7 +169,7 @@ def write_report_picture(path: Path, figures: dict[str, Any]) -> None:
     left.legend(fontsize=8)
     figure.suptitle(f"{figures['kind']} adapter, {figures['samples']:,} held-out samples")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
