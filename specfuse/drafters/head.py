@@ -38,6 +38,7 @@ class HeadDrafter(Drafter):
     """
 
     needs_target = True
+    gives_states = True
 
     def __init__(
         self,
@@ -90,6 +91,9 @@ class HeadDrafter(Drafter):
             self._check_states(state)
             context = state.memory[id(self)] = HeadContext(self.head, self.token_inputs, state)
         hidden = context.catch_up(state)
+        kept = state.draft_states
+        if kept is not None:
+            kept.keep_roots(hidden)
         tree = HeadTree(state, self.branching, self.head)
         while True:
             chance = tree.add_level(self.to_logits(hidden))
@@ -97,6 +101,8 @@ class HeadDrafter(Drafter):
                 return tree.best(max_nodes, self.min_prob)
             above = tree.above[..., None].expand(-1, -1, hidden.shape[2])
             hidden = context.run_level(tree.tokens, hidden.gather(1, above), tree.depth)
+            if kept is not None:
+                kept.grow(tree.tokens, tree.above, hidden)
 
     def _check_states(self, state: DraftState) -> None:
         """Raises ValueError for states of another target than the drafter was made for."""

@@ -66,6 +66,8 @@ class ModelDrafter(Drafter):
         self.depth, self.branching = depth, branching
         size = model.config.get_text_config(decoder=True).vocab_size
         self.vocabulary = vocabulary_for(vocabulary, target_tokenizer, tokenizer, size)
+        # Other ids than the target's draft other tokens than were computed.
+        self.gives_states = type(self.vocabulary) is SameIds
 
     @torch.no_grad()
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
@@ -80,10 +82,17 @@ class ModelDrafter(Drafter):
         logits = draft.catch_up(state)
         growing = [GrowingTree(state.root(b)) for b in range(state.batch_size)]
         frontier = [[0] for _ in growing]
+        kept = state.draft_states
+        if kept is not None and draft.last_states is not None:
+            kept.keep_roots(draft.last_states)
         for level in range(levels):
             frontier = self._expand(draft, growing, frontier, logits, state)
             if level + 1 < levels:
                 logits = draft.run_level(growing, frontier)
+                if kept is not None and draft.forward.states is not None:
+                    for b, (tree, nodes) in enumerate(zip(growing, frontier, strict=True)):
+                        paths = [tuple(tree.tokens[n] for n in tree.path(node)) for node in nodes]
+                        kept.keep(b, paths, draft.forward.states[b])
         draft.forward.cache.set_lengths(draft.forward.cache.lengths)
         rows = []
         for b, tree in enumerate(growing):
@@ -188,7 +197,10 @@ class _Draft:
         self.vocabulary = vocabulary
         reserve = min(max(state.remaining), _RESERVED_ANSWER) + 64
         self.forward = TreeForward(model, batch, length + reserve)
+        self.forward.keeps_states = state.draft_states is not None
         self.last_logits = self.forward.prefill(inputs, mask)
+        states = self.forward.states
+        self.last_states = None if states is None else states.clone()  # [B, 1, D] beside last_logits
         self.forward.cache.set_lengths([length] * batch)
         self.prompt_slots, self.prompt_logits = length, self.last_logits.clone()
         self.fed: list[list[int]] = [[] for _ in range(batch)]  # the answer, in the draft model's ids
@@ -217,6 +229,8 @@ class _Draft:
                 self.fed[b] += row
                 if row:
                     self.last_logits[b, 0] = logits[b, len(row) - 1]
+                    if self.last_states is not None and self.forward.states is not None:
+                        self.last_states[b, 0] = self.forward.states[b, len(row) - 1]
         return self.last_logits
 
     def _cut_back(self, state: DraftState, b: int) -> list[int]:
