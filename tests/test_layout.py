@@ -21,7 +21,7 @@ TOP_LEVEL = {
 # A module imports from its own rank or below. What is not named here is the engine between generate and ops.
 RANKS = {
     **dict.fromkeys(["cli", "serve", "doctor", "replay", "demo", "demo_page"], 6),
-    **dict.fromkeys(["session", "plan", "probe"], 5),
+    **dict.fromkeys(["session", "plan", "probe", "calibrate"], 5),
     "generate": 4,
     "ops": 2,
     **dict.fromkeys(["kernels", "_C_cpu", "_C_cuda"], 1),

@@ -19,7 +19,7 @@ FORMAT, VERSION = "specfuse agreement", 1
 FILE = "calibration.json"
 KINDS = ("constant", "draft", "cosine", "both", "table")
 TABLE_BINS = 5  # of the cosine, as full as each other
-RIDGE = 1e-3
+RIDGE = 1e-5
 FOLDS = 4
 EDGE = 1e-4
 """Estimates lie between this and 1 less this: no finite sample shows more."""
@@ -127,11 +127,12 @@ class AgreementModel:
 
 
 def fit(kind: str, seen: Observations) -> AgreementModel:
-    """A model of one kind from at least one observation.
+    """A model of one kind from at least one observation; those with NaN are left out.
 
     Raises:
         ValueError: an unknown kind, or nothing observed.
     """
+    seen = seen.take(np.isfinite(seen.cosine) & np.isfinite(seen.draft))
     if not len(seen.agreed):
         raise ValueError("observations must hold at least one place, got none")
     if kind == "table":
@@ -172,23 +173,27 @@ def log_loss(chance: np.ndarray, agreed: np.ndarray) -> float:
 
 
 def _logistic(columns: np.ndarray, agreed: np.ndarray) -> list[float]:
-    """Weights of a logistic regression by Newton's method, with a little ridge on all but the constant."""
-    weights, y = np.zeros(columns.shape[1]), agreed.astype(np.float64)
-    ridge = RIDGE * np.eye(len(weights)) * len(y)
+    """Weights of a logistic regression by damped Newton steps, with a little ridge."""
+    y, scale = agreed.astype(np.float64), np.sqrt(len(agreed))
+    # In an orthogonal basis: the powers of a cosine are nearly one another's multiples.
+    q, r = np.linalg.qr(columns)
+    x, weights = q * scale, np.zeros(columns.shape[1])
+    ridge = RIDGE * len(y) * np.eye(len(weights))
     ridge[0, 0] = 1e-9 * len(y)
-    scale = np.maximum(columns.std(axis=0), 1e-9)
-    scale[0] = 1.0
-    x = columns / scale
+
+    def loss(w: np.ndarray) -> float:
+        return float(np.logaddexp(0, np.where(agreed, -(x @ w), x @ w)).sum() + w @ ridge @ w / 2)
+
     for _ in range(50):
         p = _sigmoid(x @ weights)
-        gradient = x.T @ (p - y) + ridge @ weights
         curvature = (x * (p * (1 - p) + 1e-9)[:, None]).T @ x + ridge
-        # Bounded steps: where both outcomes never meet, Newton's would overshoot.
-        step = np.linalg.solve(curvature, gradient).clip(-4, 4)
-        weights -= step
-        if np.abs(step).max() < 1e-9:
+        step, now = np.linalg.solve(curvature, x.T @ (p - y) + ridge @ weights), loss(weights)
+        while loss(weights - step) > now and np.abs(step).max() > 1e-9:
+            step /= 2
+        weights = weights - step
+        if np.abs(step).max() < 1e-7:
             break
-    return (weights / scale).tolist()
+    return (np.linalg.pinv(r) @ weights * scale).tolist()
 
 
 def _isotonic(seen: Observations, overall: float) -> tuple[list[float], list[float]]:

@@ -104,7 +104,6 @@ class CosineAcceptance(AcceptanceRule):
         return _Estimated(scored, estimates(scored, cosines, self.calibration), 1 - self.max_disagreement)
 
 
-@torch.no_grad()
 def node_cosines(scored: ScoredTree, adapter: AdapterModel | None) -> list[dict[int, float]]:
     """Per row, the cosine at every node that has children and states of both models."""
     cosines: list[dict[int, float]] = [{} for _ in scored.tokens]
@@ -124,6 +123,7 @@ def node_cosines(scored: ScoredTree, adapter: AdapterModel | None) -> list[dict[
     return cosines
 
 
+@torch.no_grad()
 def cosines_of(drafter: Tensor, target: Tensor, adapter: AdapterModel | None) -> Tensor:
     """``[M]`` float32 cosines of drafter states ``[M, I]``, adapted, and target states ``[M, D]``."""
     target = target.detach()

@@ -40,6 +40,7 @@ class ScoredTree(NamedTuple):
     target_states: Tensor | None  # [B, N, D] for rules with needs_states
     state: DraftState
     tally: Tally  # of the call
+    ends: frozenset[int]  # tokens that end an answer
 
     def path(self, row: int, node: int) -> tuple[int, ...]:
         """The drafted tokens from the root, itself not included, to a node."""

@@ -67,6 +67,7 @@ class LossyWalk:
             self.run.target.states if self.rule.needs_states else None,
             self.run.state,
             self.tally,
+            frozenset(self.run.answers.eos),
         )
         # A tree without drafts leaves nothing to judge.
         judgement = self.rule.judge(scored) if tree.width > 1 else Judgement()

@@ -1,4 +1,4 @@
-"""``specfuse align report``: cosine similarity of drafter and target features before and after an adapter."""
+"""``specfuse align``: ``report`` on an adapter's features, ``calibrate`` for cosine acceptance."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from specfuse.cli.train import default_cache, progress
 
 
 def align(
-    action: str = typer.Argument(..., help="What to do: report."),
-    adapter: Path = typer.Option(..., help="Directory of the adapter."),
+    action: str = typer.Argument(..., help="What to do: report, or calibrate for --accept cosine."),
+    adapter: Path | None = typer.Option(None, help="Directory of the adapter."),
     pairs: Path | None = typer.Option(None, help="Features of both models (safetensors)."),
     target: Path | None = typer.Option(
         None, help="Directory of the target; with --drafter instead of a file."
     ),
-    drafter: Path | None = typer.Option(None, help="Directory of the drafter, an EventGPT."),
+    drafter: Path | None = typer.Option(
+        None, help="Directory of the drafter, an EventGPT; calibrate: or a head, or a draft model."
+    ),
+    out: Path | None = typer.Option(None, help="calibrate: where to write, without an adapter."),
+    clips: int = typer.Option(60, help="calibrate: held-out clips.", min=8),
+    questions: int = typer.Option(6, help="calibrate: questions about each clip.", min=1),
+    nodes: int = typer.Option(16, help="calibrate: drafted tokens that a pass verifies.", min=1, max=1023),
     features: str | None = typer.Option(
         None, help="Which features; those the adapter learned from if not given."
     ),
@@ -28,13 +34,23 @@ def align(
     json: bool = typer.Option(False, "--json", help="Print the figures as JSON, alone on stdout."),
 ) -> None:
     """Compare features of held-out clips with the target's, before and after an adapter."""
-    if action != "report":
-        raise UserError(f"ACTION must be report, got {action!r}")
+    if action not in ("report", "calibrate"):
+        raise UserError(f"ACTION must be report or calibrate, got {action!r}")
     # Before everything is measured, not after it.
     if png is not None and (png.is_dir() or not png.parent.is_dir()):
         raise UserError(f"--png must be a file in an existing directory, got {str(png)!r}")
     from transformers.utils import logging
 
+    logging.set_verbosity_error()  # an error is one line alone
+    logging.disable_progress_bar()
+    device = str(pick_device(device))
+    if action == "calibrate":
+        from specfuse.cli.align_calibrate import calibrate_adapter
+
+        calibrate_adapter(adapter, target, drafter, out, clips, questions, nodes, png, cache, device, json)
+        return
+    if adapter is None:
+        raise UserError("report needs --adapter DIR")
     from specfuse.adapters import load_adapter
     from specfuse.train.adapter import trained_features
     from specfuse.train.adapter_card import (
@@ -48,9 +64,6 @@ def align(
     from specfuse.train.adapter_source import open_pairs
     from specfuse.train.presets import preset as find
 
-    logging.set_verbosity_error()  # an error is one line alone
-    logging.disable_progress_bar()
-    device = str(pick_device(device))
     made = load_adapter(adapter).to(device)
     chosen = features or trained_features(adapter)
     with progress() as bars:

@@ -37,6 +37,13 @@ def generate(
     corpus: Path | None = typer.Option(
         None, help="File of remembered answers: read if it exists, written at the end."
     ),
+    accept: str = typer.Option(
+        "exact",
+        help="exact, or a lossy rule: typical, semantic, or cosine:DIR (specfuse align calibrate).",
+    ),
+    max_disagreement: float = typer.Option(
+        0.1, help="--accept cosine: how many of the drafts it trusts may disagree, by estimate."
+    ),
     max_new_tokens: int = typer.Option(128, help="Longest answer, in tokens.", min=1),
     frames: int = typer.Option(8, help="Frames taken, spread evenly over the video.", min=1),
     temperature: float = typer.Option(0.0, help="0 is greedy; above, the answer is sampled.", min=0.0),
@@ -54,6 +61,8 @@ def generate(
     """Answer a question about a video with exactly the tokens of model.generate, in fewer passes."""
     _check(dtype, question, drafter, corpus)
     _check_events(drafter, events)
+    if accept != "exact" and compare:
+        raise UserError("--compare checks that tokens are equal; --accept makes them differ")
     max_nodes = parse_nodes(nodes)
     stream = None
     if events is not None:
@@ -72,8 +81,13 @@ def generate(
     if temperature > 0:
         options["temperature"] = temperature
     used = make_drafter()
+    rule = accept
+    if accept != "exact":
+        from specfuse.cli.accept import parse_accept
+
+        rule = parse_accept(accept, max_disagreement, target, processor.tokenizer)
     speculate = functools.partial(
-        _speculate, target, inputs, nodes=max_nodes, seed=seed, options=options, events=stream
+        _speculate, target, inputs, nodes=max_nodes, seed=seed, options=options, events=stream, accept=rule
     )
     report = _answer(processor, inputs, functools.partial(speculate, used), stream=not json)
     report.update(drafter=drafter, nodes=max_nodes, device=str(target.device), dtype=str(target.dtype)[6:])
@@ -212,6 +226,7 @@ def _speculate(
     seed: int,
     options: Any,
     events: Any = None,
+    accept: Any = "exact",
     streamer: Any = None,
 ) -> Any:
     from specfuse.generate import generate as speculative_generate
@@ -220,6 +235,7 @@ def _speculate(
         target,
         drafter,
         max_nodes=nodes,
+        accept=accept,
         seed=seed,
         streamer=streamer,
         return_dict_in_generate=True,
@@ -244,6 +260,7 @@ def _answer(processor: Any, inputs: Any, speculate: Callable[..., Any], stream: 
         "token_ids": tokens,
         "seconds": seconds,
         "prompt_tokens": inputs["input_ids"].shape[1],
+        "acceptance": output.acceptance,
         **output.stats.as_dict(),
     }
 
@@ -252,6 +269,10 @@ def _print_summary(report: dict[str, Any]) -> None:
     speed = f"{report['passes']} passes ({report['tokens_per_pass']:.2f} per pass), {report['seconds']:.2f} s"
     where = f"on {report['device']} in {report['dtype']}; drafter {report['drafter']}"
     print(f"\n{report['tokens']} tokens in {speed} {where}")
+    if not report["acceptance"]["lossless"]:
+        from specfuse.cli.accept import lossy_line
+
+        print(lossy_line(report["acceptance"]))
     if "compare" in report:
         from specfuse.cli.compare import comparison_lines
 

@@ -1,0 +1,42 @@
+"""``specfuse generate --accept``: the rule it names, and the line that says what a lossy answer cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from specfuse.cli import UserError
+
+
+def parse_accept(text: str, max_disagreement: float, target: Any, tokenizer: Any) -> Any:
+    """The rule that ``--accept`` names.
+
+    Raises:
+        UserError: another name.
+        FileNotFoundError, ValueError: as ``CosineAcceptance.from_pretrained``.
+    """
+    from specfuse.acceptance import CosineAcceptance, SemanticAcceptance, TypicalAcceptance
+    from specfuse.acceptance.semantic import default_embedding
+
+    if text == "typical":
+        return TypicalAcceptance()
+    if text == "semantic":
+        return SemanticAcceptance(tokenizer, default_embedding())
+    name, _, directory = text.partition(":")
+    if name == "cosine" and directory:
+        return CosineAcceptance.from_pretrained(directory, max_disagreement=max_disagreement)
+    if name == "cosine":
+        raise UserError(
+            "--accept cosine needs a calibration (specfuse align calibrate makes one): --accept cosine:DIR"
+        )
+    raise UserError(f"--accept must be exact, typical, semantic or cosine:DIR, got {text!r}")
+
+
+def lossy_line(acceptance: Mapping[str, Any]) -> str:
+    """One line of plain words."""
+    if "fallback" in acceptance:
+        return f"Exact after all: {acceptance['fallback']}."
+    return (
+        f"LOSSY: {acceptance['overruled']} of {acceptance['tokens']} tokens are not what the model chose "
+        f"(rule {acceptance['rule']}; agreement {acceptance['measured_agreement']:.1%})."
+    )
