@@ -282,8 +282,9 @@ class SpeculativeGenerator:
         return output
 
     def _first_tree(self, state: DraftState, pace: Backoff) -> TokenTree:
-        drafts_first = state.memory[id(self)].drafts_first
-        return self._propose(state, pace) if drafts_first else root_only(state)
+        drafter: SupervisedDrafter = state.memory[id(self)]
+        drafter.begin(state)
+        return self._propose(state, pace) if drafter.drafts_first else root_only(state)
 
     def _propose(self, state: DraftState, pace: Backoff) -> TokenTree:
         drafter: SupervisedDrafter = state.memory[id(self)]

@@ -97,6 +97,9 @@ class Drafter:
         """Whether it is asked before the target's first pass, which then carries its tree."""
         return not self.needs_target
 
+    def begin(self, state: DraftState) -> None:
+        """Called once, before the target's first pass: work that may go on beside it can start here."""
+
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
         """Trees for all B rows, on the CPU.
 

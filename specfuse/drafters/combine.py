@@ -54,6 +54,10 @@ class CombinedDrafter(Drafter):
     def drafts_first(self) -> bool:
         return any(drafter.drafts_first for drafter in self.drafters)
 
+    def begin(self, state: DraftState) -> None:
+        for drafter in self.drafters:
+            drafter.begin(state)
+
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
         self._learn_from_last(state)
         # Before the target's first pass there are no hidden states to draft from.

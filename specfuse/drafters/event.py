@@ -28,7 +28,7 @@ class EventDrafter(ModelDrafter):
         processor: its ``EventGptProcessor``.
         tokenizer: the target's tokenizer, or its processor; what its ids mean is compared with the drafter's.
         inputs: as from :meth:`see`, for every call without events of its own.
-        depth, branching, vocabulary: as for :class:`ModelDrafter`.
+        depth, branching, vocabulary, overlap: as for :class:`ModelDrafter`.
 
     Raises:
         ValueError: a model that is no EventGPT, or as for :class:`ModelDrafter`.
@@ -46,14 +46,21 @@ class EventDrafter(ModelDrafter):
         depth: int = 5,
         branching: int = 1,
         vocabulary: str = "auto",
+        overlap: bool = False,
     ):
         if not isinstance(model, EventGptForConditionalGeneration):
             raise ValueError(f"model must be an EventGptForConditionalGeneration, got {type(model).__name__}")
-        tokenizers = {"tokenizer": processor.tokenizer, "target_tokenizer": tokenizer}
         super().__init__(
-            model, inputs=inputs, depth=depth, branching=branching, vocabulary=vocabulary, **tokenizers
+            model,
+            inputs=inputs,
+            depth=depth,
+            branching=branching,
+            tokenizer=processor.tokenizer,
+            target_tokenizer=tokenizer,
+            vocabulary=vocabulary,
+            overlap=overlap,
         )
-        self.begin = getattr(tokenizer, "tokenizer", tokenizer).bos_token_id
+        self.target_begin = getattr(tokenizer, "tokenizer", tokenizer).bos_token_id
         self.processor = processor
         self.scenes = SceneFeatures(self._encode)
 
@@ -128,7 +135,7 @@ class EventDrafter(ModelDrafter):
     def _prompt(self, prompt: list[int], visual: frozenset[int]) -> list[int]:
         """A prompt of the target with the events where its first frame is, or at the start of its text."""
         config = self.model.config
-        start = int(prompt[:1] == [self.begin])
+        start = int(prompt[:1] == [self.target_begin])
         place = next((i for i, token in enumerate(prompt) if token in visual), start)
         after = [token for token in prompt[place:] if token not in visual]
         seen = [config.event_token_index] * config.event_tokens

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specfuse.drafters.base import Drafter, DraftState, root_only
+from specfuse.drafters.beside import Beside
 from specfuse.drafters.growing import GrowingTree
 from specfuse.drafters.same_noise import samples
 from specfuse.drafters.vocabulary import SameIds, vocabulary_for
@@ -42,6 +43,9 @@ class ModelDrafter(Drafter):
             "same" ids, token by token in their "intersection", as a "string" that the target's tokenizer
             splits again, or "auto".
 
+        overlap: read the prompt while the target reads it, in a thread, on a GPU on a stream of its own; the
+            target's first pass then carries no drafts.
+
     Raises:
         ValueError: ``depth`` or ``branching`` below 1, a model that is no Hugging Face model, or vocabularies
             that can not be brought together.
@@ -57,17 +61,29 @@ class ModelDrafter(Drafter):
         tokenizer: Any = None,
         target_tokenizer: Any = None,
         vocabulary: str = "auto",
+        overlap: bool = False,
     ):
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
         if depth < 1 or branching < 1:
             raise ValueError(f"depth and branching must be at least 1, got {depth} and {branching}")
         self.model, self.inputs = model, inputs
-        self.depth, self.branching = depth, branching
+        self.depth, self.branching, self.overlap = depth, branching, overlap
         size = model.config.get_text_config(decoder=True).vocab_size
         self.vocabulary = vocabulary_for(vocabulary, target_tokenizer, tokenizer, size)
         # Other ids than the target's draft other tokens than were computed.
         self.gives_states = type(self.vocabulary) is SameIds
+
+    @property
+    def drafts_first(self) -> bool:
+        return not self.overlap
+
+    def begin(self, state: DraftState) -> None:
+        if self.overlap and any(state.active) and max(state.remaining) > 1:
+            state.memory[id(self)] = Beside(lambda: self._start(state), self.model.device)
+
+    def _start(self, state: DraftState) -> _Draft:
+        return _Draft(self.model, self.own_inputs(state), state, self.vocabulary)
 
     @torch.no_grad()
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
@@ -75,10 +91,8 @@ class ModelDrafter(Drafter):
         if levels < 1 or not any(state.active):
             return root_only(state)
         draft = state.memory.get(id(self))
-        if draft is None:
-            draft = state.memory[id(self)] = _Draft(
-                self.model, self.own_inputs(state), state, self.vocabulary
-            )
+        if not isinstance(draft, _Draft):
+            draft = state.memory[id(self)] = self._start(state) if draft is None else draft.result()
         logits = draft.catch_up(state)
         growing = [GrowingTree(state.root(b)) for b in range(state.batch_size)]
         frontier = [[0] for _ in growing]

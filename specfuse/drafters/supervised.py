@@ -14,13 +14,15 @@ logger = logging.getLogger("specfuse")
 # A drafter looks at its inputs when it is first asked, or, where it reads the target's states, when it is
 # first given some: the second time at the latest.
 _LOOKS_AT_ARGUMENTS = 2
+_MISTAKES = (ValueError, FileNotFoundError, PermissionError, ImportError)
 
 
 class SupervisedDrafter:
     """One call's drafter; None proposes nothing.
 
     The line between the caller's mistakes and the drafter's: a ValueError of the first two proposals of a
-    call surfaces (no events given, draft_inputs of the wrong shape, a bad tree); whatever else it raises, and
+    call surfaces (no events given, draft_inputs of the wrong shape, a bad tree), and so does an event file
+    that can not be read; whatever else it raises, and
     whatever ``learn`` and ``observe`` raise, ends drafting for this call, is logged once, and stands in
     ``stats.drafting_stopped``. The answer is the same either way.
 
@@ -48,6 +50,15 @@ class SupervisedDrafter:
         """Whether it reads the target's states."""
         return self.drafter is not None and self.drafter.needs_target
 
+    def begin(self, state: DraftState) -> None:
+        """Lets the drafter start beside the target's first pass."""
+        if self.drafter is None:
+            return
+        try:
+            self.drafter.begin(state)
+        except Exception as error:
+            self.stop(f"drafter {type(self.drafter).__name__} raised {_described(error)} before it was asked")
+
     def propose(self, state: DraftState, max_nodes: int) -> TokenTree:
         """The drafter's trees, checked; the roots alone where it failed, now or before.
 
@@ -60,7 +71,7 @@ class SupervisedDrafter:
         try:
             return checked(self.drafter.propose(state, max_nodes), state, max_nodes, self.drafter)
         except Exception as error:
-            if isinstance(error, ValueError) and self.asked <= _LOOKS_AT_ARGUMENTS:
+            if isinstance(error, _MISTAKES) and self.asked <= _LOOKS_AT_ARGUMENTS:
                 raise
             self.stop(f"drafter {type(self.drafter).__name__} raised {_described(error)}")
         # What it kept for this call may be a whole model's cache.
