@@ -145,6 +145,16 @@ def test_every_drafter_gives_the_same_tokens(
         assert report["passes"] <= 3
 
 
+def test_a_directory_of_remembered_answers_drafts(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question = ["--question", "What is the weather like?", "--max-new-tokens", 40, "--json"]
+    common = ["generate", "--model", "tiny-video-llava", "--video", clip, *question]
+    passes = []
+    for name in ("corpus", "tiny-corpus"):
+        assert run([str(a) for a in [*common, "--drafter", name]]) == 0
+        passes.append(json.loads(capsys.readouterr().out)["passes"])
+    assert passes[1] < passes[0] / 2
+
+
 def test_streamed_text_and_summary(
     tiny_directory: Path, clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

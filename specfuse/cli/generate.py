@@ -26,8 +26,8 @@ def generate(
     question: str = typer.Option(..., help="What to ask about the video."),
     drafter: str = typer.Option(
         "auto",
-        help="auto (corpus and lookup), corpus, lookup, none, or a draft model's, EventGPT's or head's "
-        "directory (tiny-eventgpt, tiny-head: those that come with the package).",
+        help="auto (corpus and lookup), corpus, lookup, none, or the directory of a draft model, EventGPT, "
+        "head or corpus (tiny-eventgpt, tiny-head, tiny-corpus: those that come with the package).",
     ),
     events: Path | None = typer.Option(
         None,
@@ -167,6 +167,7 @@ def _drafter_factory(
     name: str, corpus: Path | None, target: Any, processor: Any
 ) -> Callable[[], Drafter | None]:
     """Returns what makes a drafter as it is before the first question: what a model holds is loaded once."""
+    from specfuse.data.miniature import CORPUS_FILE
     from specfuse.drafters import (
         CombinedDrafter,
         CorpusDrafter,
@@ -190,6 +191,8 @@ def _drafter_factory(
     name = model_directory(name)
     if not Path(name).exists():
         raise UserError(f"--drafter must be auto, corpus, lookup, none or a model directory, got {name!r}")
+    if (Path(name) / CORPUS_FILE).is_file():
+        return lambda: CorpusDrafter().load(Path(name) / CORPUS_FILE)
     if holds_head(name):
         head_drafter = load_head("--drafter", name, target)
         return lambda: head_drafter
