@@ -7,10 +7,10 @@ rests until plain passes, of which ``ALLOWANCE`` is set aside, have paid for the
 
 from __future__ import annotations
 
-import statistics
 import weakref
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from specfuse.pacing import Backoff
@@ -24,6 +24,8 @@ LARGEST = SIZES[-1]
 # Units of the ledger are plain passes: what failed attempts may cost per plain pass and per call, and what a
 # drafter that has earned much may lose again. With answers of 50 tokens the first two come to 1.7 %.
 ALLOWANCE, GRANT, CREDIT = 0.012, 0.25, 8.0
+# Beyond the balance, what one attempt may cost more than a plain pass by what is known of its size.
+RISK = 0.25
 # Debt is bounded, so that one stall of the machine does not end drafting for an hour.
 DEEPEST_DEBT = 1.5
 PLAIN_FIRST, PLAIN_EVERY = 2, 128  # passes
@@ -49,14 +51,21 @@ class Costs:
 
     def pass_ms(self, size: int) -> float:
         """Median time of a pass with ``size`` drafts; what is not known costs what the next smaller does."""
-        known = [s for s in SIZES if s <= size and self.times[s]]
-        if not known:
-            return 1.0
-        medians = [statistics.median(self.times[known[-1]])]
-        if known[-1]:
+        return _median(self.times[0]) if size == 0 and self.times[0] else self._curve()[size]
+
+    def _curve(self) -> dict[int, float]:
+        """``pass_ms`` of every size."""
+        medians = {size: _median(times) for size, times in self.times.items() if times}
+        curve, known = {}, None
+        for size in SIZES:
+            known = size if size in medians else known
+            if known is None:
+                curve[size] = 1.0
+                continue
             # No pass costs more than a wider one: what says so was a stall.
-            medians += [statistics.median(self.times[s]) for s in SIZES if s > size and self.times[s]]
-        return min(medians)
+            wider = [ms for other, ms in medians.items() if other > size] if known else []
+            curve[size] = min([medians[known], *wider])
+        return curve
 
     def forget_strays(self) -> None:
         """Drops sizes measured so rarely that a stall could keep them from ever being tried again."""
@@ -66,9 +75,20 @@ class Costs:
 
     @property
     def largest(self) -> int:
-        """The largest size that may be tried: one beyond those measured, so that surprises stay small."""
-        tried = max((s for s in SIZES if self.times[s]), default=0)
-        return max(8, *SIZES[: SIZES.index(tried) + 2])
+        """The largest size that may be tried: one beyond those measured, and no dearer than can be lost."""
+        return self._largest(self._curve())
+
+    def _largest(self, curve: dict[int, float]) -> int:
+        plain = curve[0]
+        budget = max(self.balance, 0.0) + RISK * plain
+        widest = max((size for size in SIZES if self.times[size]), default=0)
+        found, known = SIZES[1], 0
+        for size in SIZES[1 : SIZES.index(widest) + 2]:
+            known = size if self.times[size] else known
+            # What is not measured: every node costs as much as those of the next smaller size did.
+            likely = (curve[known] - plain) * (size / known if known else 1.0)
+            found = size if likely <= budget else found
+        return found
 
     @property
     def trust(self) -> float:
@@ -77,13 +97,20 @@ class Costs:
 
     def best_size(self, gains: list[float], draft_ms: float) -> int:
         """The size with the highest expected tokens per millisecond; ``gains[k]`` tokens from k drafts."""
+        curve, trust = self._curve(), self.trust
+        largest = self._largest(curve)
 
         def rate(size: int) -> float:
             gain = gains[min(size, len(gains) - 1)]
-            return (1 + self.trust * gain) / (draft_ms + self.pass_ms(size))
+            return (1 + trust * gain) / (draft_ms + curve[size])
 
         # The smaller size where two are equal.
-        return max((s for s in SIZES if s <= self.largest), key=lambda s: (rate(s), -s))
+        return max((s for s in SIZES if s <= largest), key=lambda s: (rate(s), -s))
+
+
+def _median(times: Iterable[float]) -> float:
+    ordered = sorted(times)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 _TIMES: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], Times]] = weakref.WeakKeyDictionary()
@@ -93,14 +120,26 @@ _COSTS: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary] = weakref.Weak
 def costs_of(model: Any, drafter: object, batch: int, prompt: int) -> Costs:
     """The costs kept with this model object and drafter at this batch size and power of two of prompt tokens.
 
-    Pass times are the model's own: a new drafter finds them measured.
+    Pass times are the model's own: a new drafter finds them measured, a new prompt size those of the nearest.
     """
     size = (batch, prompt.bit_length())
-    times = _TIMES.setdefault(model, {}).setdefault(size, new_times())
+    times = _times_of(_TIMES.setdefault(model, {}), *size)
     # A drafter without a hash shares what is known about its kind.
     owner = drafter if type(drafter).__hash__ is not None else type(drafter)
     kept = _COSTS.setdefault(model, weakref.WeakKeyDictionary()).setdefault(owner, {})
     return kept.setdefault(size, Costs(times))
+
+
+def _times_of(known: dict[tuple[int, int], Times], batch: int, prompt: int) -> Times:
+    """Those of this size; new ones begin with three passes each of the nearest prompt size of this batch."""
+    if (batch, prompt) not in known:
+        times = known[batch, prompt] = new_times()
+        others = [key for key in known if key[0] == batch and key[1] != prompt]
+        if others:
+            nearest = known[min(others, key=lambda key: abs(key[1] - prompt))]
+            for size in SIZES:
+                times[size] += list(nearest[size])[-3:]
+    return known[batch, prompt]
 
 
 class TreeSize(Backoff):
@@ -140,7 +179,7 @@ class TreeSize(Backoff):
         gains = _gains(chances)
         size = self.costs.best_size(gains, self.draft_ms)
         if self.first:
-            size = max(size, min(8, self.prompt // 16))
+            size = max(size, min(8, self.prompt // 32))
         self.expected = gains[min(size, len(gains) - 1)]
         return tree if size >= tree.width - 1 else _cut(tree, chances, size)
 
@@ -169,7 +208,7 @@ class TreeSize(Backoff):
             return
         costs.since_plain = costs.since_plain + 1 if drafted else 0
         self.draft_ms = draft_ms
-        usual = min(pass_ms, 3 * statistics.median(times)) + min(draft_ms, 3 * plain)
+        usual = min(pass_ms, 3 * _median(times)) + min(draft_ms, 3 * plain)
         earned = (1 + per_row) * plain - usual
         costs.balance = max(min(costs.balance + earned, CREDIT * plain), -DEEPEST_DEBT * plain)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 import torch
 from scripted_drafters import OracleDrafter, RandomTreeDrafter
@@ -110,7 +112,7 @@ def test_a_short_prompt_carries_no_tree_on_trial():
     world = World(lambda width: 10.0, 0.1, right=0)
     for size in SIZES:
         world.costs.times[size] += [10.0 * (1 + size)] * 3
-    kept = [TreeSize(world.costs, prompt).trim(world.tree()).width - 1 for prompt in (8, 40, 512)]
+    kept = [TreeSize(world.costs, prompt).trim(world.tree()).width - 1 for prompt in (8, 80, 512)]
     assert kept == [0, 2, 8]
 
 
@@ -133,11 +135,55 @@ def test_cut_keeps_the_most_probable_nodes_and_their_parents():
 
 def test_unknown_widths_are_tried_one_step_at_a_time():
     costs = Costs()
-    assert costs.largest == 8
-    costs.times[8].append(1.0)
-    assert costs.largest == 16
-    costs.times[LARGEST].append(1.0)
+    for following in SIZES[1:]:
+        assert costs.largest == following
+        costs.times[following].append(1.0)
     assert costs.largest == LARGEST == SIZES[-1]
+
+
+def test_what_is_tried_is_no_dearer_than_can_be_lost():
+    costs = Costs()
+    costs.times[0] += [10.0] * 3
+    costs.times[2] += [11.0] * 3
+    assert costs.largest == 4, "two milliseconds more, of a quarter of a pass"
+    costs.times[4] += [12.0] * 3
+    assert costs.largest == 4, "eight would be four more"
+    costs.balance = 15.0
+    assert costs.largest == 8, "what has been earned may be lost"
+    costs.times[8] += [18.0] * 3
+    costs.times[16] += [30.0] * 3
+    assert costs.largest == 8
+    costs.times[2] = costs.times[4] = deque([30.0])
+    costs.balance = -5.0
+    assert costs.largest == SIZES[1], "the smallest is always left"
+
+
+@pytest.mark.parametrize("draft_ms", [0.01, 0.5])
+@pytest.mark.parametrize("slope", [0.01, 0.05, 0.1, 0.3])
+def test_no_single_call_costs_more_than_three_percent(draft_ms, slope):
+    world = World(lambda width: 10.0 * (1 + slope * width), draft_ms, right=0)
+    plain = 59 * 10.0
+    for call in range(8):
+        spent, widths = world.answer(60)
+        assert spent <= 1.03 * plain, (call, widths)
+
+
+def test_without_the_bound_on_what_is_tried_a_call_does(monkeypatch):
+    monkeypatch.setattr("specfuse.tree_size.RISK", 100.0)
+    monkeypatch.setattr("specfuse.tree_size.SIZES", (0, 8, 16, 32, 64))
+    with pytest.raises(AssertionError):
+        test_no_single_call_costs_more_than_three_percent(0.5, 0.3)
+
+
+def test_a_new_prompt_size_begins_with_the_times_of_the_nearest():
+    model, lookup = tiny_llama(seed=0), specfuse.PromptLookupDrafter()
+    costs_of(model, lookup, 1, 100).times[0] += [3.0] * 9
+    costs_of(model, lookup, 1, 5000).times[0] += [9.0] * 9
+    near = costs_of(model, lookup, 1, 300)
+    assert list(near.times[0]) == [3.0] * 3
+    near.times[0].append(4.0)
+    assert list(costs_of(model, lookup, 1, 100).times[0]) == [3.0] * 9, "a copy"
+    assert not costs_of(model, lookup, 2, 300).times[0]
 
 
 def test_one_stall_does_not_keep_a_size_away():
