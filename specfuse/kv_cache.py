@@ -86,9 +86,9 @@ class TreeCacheLayer(CacheLayerMixin):
         native.step.write_rows(copies, strides, (batch, heads, count, dim * size), starts)
         return True
 
-    def _grow(self, needed: int) -> None:
+    def _grow(self, needed: int, roomy: int = 0) -> None:
         # Doubling keeps the copies rare when the answer outgrows what was reserved for it.
-        roomy = max(self.cache.capacity, 2 * self.keys.shape[2], needed)
+        roomy = roomy or max(self.cache.capacity, 2 * self.keys.shape[2], needed)
         try:
             self._move_to(roomy)
         except (RuntimeError, MemoryError) as error:

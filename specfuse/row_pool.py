@@ -14,22 +14,26 @@ from specfuse.tree import TokenTree
 from specfuse.tree_forward import TreeForward
 from specfuse.tree_layout import node_positions
 
+_SLOTS = 16  # capacities are multiples of this
+
 
 class _PooledLayer(TreeCacheLayer):
     """A layer with room for more rows than run: ``keys`` and ``values`` are the first rows of ``room``."""
 
     room: tuple[Tensor, Tensor]  # [rows, G, capacity, D] each
 
-    def reserve(self, like: Tensor, rows: int, capacity: int) -> None:
-        """Room for that many rows of that many slots; what is there stays."""
+    def reserve(self, like: Tensor, rows: int, capacity: int, needed: int) -> None:
+        """Room for that many rows of ``capacity`` slots, or of the ``needed`` ones where memory is short."""
         if not self.is_initialized:
             self.dtype, self.device = like.dtype, like.device
-            first = like[:1].expand(rows, -1, -1, -1)
-            self.room = self._allocate(first, capacity), self._allocate(first, capacity)
+            nothing = like[:1, :, :0].expand(rows, -1, -1, -1)
+            self.room = nothing, nothing
             self.is_initialized = True
-        elif self.room[0].shape[2] < capacity:
-            self.keys = self.room[0]  # what doubling is measured by
-            self._grow(capacity)
+        held = self.room[0].shape[2]
+        if held < capacity:
+            # Requests differ in length: the next one that is a little longer should find room.
+            roomy = max(capacity, held + held // 4)
+            self._grow(max(needed, held), -(-roomy // _SLOTS) * _SLOTS)
 
     def show(self, rows: int) -> None:
         """Lets passes see the first rows."""
@@ -65,7 +69,10 @@ class RowPool(TreeForward):
     Args:
         model: as for TreeForward.
         max_rows: rows there is room for.
-        prefix: KV that begins every row and is kept once, for models without sliding windows.
+        prefix: KV that begins every row and is kept once, where :meth:`shares_prefix`.
+
+    Raises:
+        ValueError: a prefix, for a model that can not share it; else as for TreeForward.
     """
 
     def __init__(self, model: PreTrainedModel, max_rows: int, prefix: SharedPrefix | None = None):
@@ -74,7 +81,14 @@ class RowPool(TreeForward):
         self.cache: _PooledCache = _PooledCache(self.config.num_hidden_layers)
         self.last_ids: list[int] = []
         if prefix is not None:
+            if not self.shares_prefix:
+                raise ValueError("prefix: only sdpa without sliding windows can share one between rows")
             self.takes_tree = False
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether the model attends in a way that a shared prefix can be brought into."""
+        return self.layout.implementation != "eager" and not self.layout.windowed
 
     def join(self, one: TreeForward, root_id: int) -> None:
         """Adds a last row: what a prefilled model of one row holds, its padding left out.
@@ -98,7 +112,7 @@ class RowPool(TreeForward):
         count = (length if kept is None else len(kept)) - shared
         row = len(lengths)
         for layer, other in zip(self.cache.layers, one.cache.layers, strict=True):
-            layer.reserve(other.keys, self.max_rows, one.cache.capacity - shared)
+            layer.reserve(other.keys, self.max_rows, one.cache.capacity - shared, count + 1)
         for layer, other in zip(self.cache.layers, one.cache.layers, strict=True):
             for room, given in zip(layer.room, (other.keys, other.values), strict=True):
                 slots = (

@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from specfuse.arguments import row_seeds
 from specfuse.drafters import Drafter
 from specfuse.generate import SpeculativeGenerator
 from specfuse.models import adapter_for
 from specfuse.prefix_kv import LayerKV
+from specfuse.row_pool import RowPool
+from specfuse.shared_prefix import SharedPrefix
 from specfuse.stats import GenerationStats
+from specfuse.stream import AnswerStream
 from specfuse.video_prompt import FIRST_TURN, NEXT_TURN, load_frames
 
 _RESERVED = {
@@ -147,6 +151,57 @@ class VideoSession:
         self.history += ((question, answer),)
         return answer
 
+    def ask_many(
+        self, questions: Sequence[str], *, batch_size: int = 8, seed: Any = None, **generate_kwargs: Any
+    ) -> list[Answer]:
+        """Asks several questions at once, each as if a fork of its own were asked.
+
+        What was said so far, the video above all, is kept and attended to once for all of them (with sdpa;
+        else every row has its copy). The conversation itself does not go on.
+
+        Args:
+            questions: plain texts, any number.
+            batch_size: how many are answered at a time.
+            seed: an int (question i uses ``seed + i``) or one for each.
+            **generate_kwargs: as for `ask`, but no `streamer`.
+
+        Returns:
+            The answers, in the order of the questions; each is that of ``session.fork().ask(question)``.
+
+        Raises:
+            ValueError: as for `ask`; the first question that fails decides.
+        """
+        if isinstance(questions, str) or not all(isinstance(question, str) for question in questions):
+            raise ValueError(f"questions must be a sequence of strings, got {questions!r}")
+        if generate_kwargs.get("streamer") is not None:
+            raise ValueError("streamer: ask_many has several answers to show, and one streamer has one")
+        for question in questions:
+            self._check_request(question, generate_kwargs)
+        if not questions:
+            return []
+        seeds = row_seeds(seed, len(questions), bool(generate_kwargs.get("do_sample"))).tolist()
+        prompts, kv = self._prompts(questions)
+        generator = SpeculativeGenerator(self.model, self.drafter, max_nodes=self.max_nodes)
+        generator.encoded_pixels = self._video.pixels
+        requests = (
+            {
+                "id": i,
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "past_key_values": _as_cache(kv),
+                "seed": seeds[i],
+                **{"events": self.events, **generate_kwargs},
+            }
+            for i, ids in enumerate(prompts)
+        )
+        answers: dict[int, Answer] = {}
+        for found in AnswerStream(generator, requests, batch_size, prefix=_shareable(self.model, kv)):
+            if found.error is not None:
+                raise found.error
+            text = self.processor.tokenizer.decode(found.tokens, skip_special_tokens=True).strip()
+            answers[found.id] = Answer(text, found.tokens, found.stats)
+        return [answers[i] for i in range(len(questions))]
+
     def fork(self) -> VideoSession:
         """Another session with the same video and conversation so far; later questions are independent.
 
@@ -178,6 +233,28 @@ class VideoSession:
         )
         pixels = {name: inputs[name] for name in self._video.adapter.pixel_names if name in inputs}
         return inputs["input_ids"], pixels
+
+    def _prompts(self, questions: Sequence[str]) -> tuple[list[Tensor], LayerKV]:
+        """The prompts ``[1, S]`` that would follow what was said so far, and its KV."""
+        if self._ids is not None:
+            return [self._next_prompt(self._ids, question) for question in questions], self._kv
+        first, pixels = self._first_prompt(questions[0])
+        kv = self._video.prefix_kv(first, pixels)
+        end = next(iter(kv.values()))[0].shape[2]
+        prompts = [first]
+        for question in questions[1:]:
+            # The processor would look at all pixels again: only text is new.
+            prompts.append(torch.cat([first[:, :end], self._behind_video(question, first)], dim=1))
+        if not torch.equal(self._behind_video(questions[0], first), first[:, end:]):
+            return [self._first_prompt(question)[0] for question in questions], kv
+        return prompts, kv
+
+    def _behind_video(self, question: str, like: Tensor) -> Tensor:
+        """The first turn's tokens behind the last frame, int64 ``[1, n]``."""
+        behind = self.first_turn.split("<video>")[1].replace("{question}", question)
+        ids = self.processor.tokenizer("<video>" + behind)["input_ids"]
+        visual = [place for place, token in enumerate(ids) if token in self._video.visual_ids]
+        return like.new_tensor([ids[visual[-1] + 1 :]])
 
     def _next_prompt(self, ids: Tensor, question: str) -> Tensor:
         text = self.next_turn.replace("{question}", question)
@@ -229,6 +306,11 @@ def _check_templates(first_turn: str, next_turn: str) -> None:
         raise ValueError(f"first_turn must go on after <video>, got {first_turn!r}")
     if next_turn.count("{question}") != 1:
         raise ValueError(f"next_turn must hold {{question}} once, got {next_turn!r}")
+
+
+def _shareable(model: PreTrainedModel, kv: LayerKV) -> SharedPrefix | None:
+    shares = RowPool(model, 0).shares_prefix
+    return SharedPrefix([kv[layer] for layer in sorted(kv)]) if shares else None
 
 
 def _as_cache(kv: LayerKV) -> DynamicCache:

@@ -16,7 +16,10 @@ from tiny_models import tiny_llama
 from transformers import AutoProcessor, VideoLlavaForConditionalGeneration
 from vision_probe import count_work
 
+from specfuse.drafters import ModelDrafter
 from specfuse.session import Answer, VideoSession, load_frames
+from specfuse.shared_prefix import SharedPrefix
+from specfuse.stream import AnswerStream
 from specfuse.vision_cache import patched
 
 NEW = 12
@@ -233,3 +236,89 @@ def test_bad_requests_are_named(model: Any, processor: Any) -> None:
             VideoSession(model, processor, clip(), **templates)
     with pytest.raises(FileNotFoundError):
         VideoSession(model, processor, "no_such_file.mp4")
+
+
+QUESTIONS = [
+    "Is it raining?",
+    "What?",
+    "How many cars are there in all?",
+    "Is it raining?",
+    "Why is that so?",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(("drafter", "batch_size"), [(None, 2), ("lookup", 8), ("model", 3)])
+def test_ask_many_answers_as_separate_forks_do(
+    model: Any, processor: Any, dtype: torch.dtype, drafter: Any, batch_size: int
+) -> None:
+    model = model.to(dtype)
+    drafter = ModelDrafter(model, depth=3) if drafter == "model" else drafter
+    session = VideoSession(model, processor, clip(), drafter)
+    for options in ({}, {"do_sample": True, "temperature": 1.5}):
+        separate = [
+            session.fork().ask(q, max_new_tokens=NEW, seed=7 + i, **options).tokens
+            for i, q in enumerate(QUESTIONS)
+        ]
+        together = session.ask_many(QUESTIONS, batch_size=batch_size, max_new_tokens=NEW, seed=7, **options)
+        assert [answer.tokens for answer in together] == separate
+        assert together[0] == processor.tokenizer.decode(separate[0], skip_special_tokens=True).strip()
+        assert together[0].stats.tokens == len(separate[0])
+    # The conversation goes on where it was, and ask_many from there.
+    assert session.history == () and session.input_ids is None
+    session.ask("What is happening?", max_new_tokens=NEW)
+    separate = [session.fork().ask(question, max_new_tokens=NEW).tokens for question in QUESTIONS]
+    together = session.ask_many(QUESTIONS, batch_size=batch_size, max_new_tokens=NEW)
+    assert [answer.tokens for answer in together] == separate
+
+
+def test_ask_many_keeps_the_video_once(model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    step = AnswerStream._step
+
+    def watched(self: AnswerStream) -> Any:
+        sizes.append(self.pool.kv_bytes)
+        return step(self)
+
+    monkeypatch.setattr(AnswerStream, "_step", watched)
+    session = VideoSession(model, processor, clip(), None)
+    shared = session.ask_many(QUESTIONS, max_new_tokens=NEW)
+    kept_once = max(sizes)
+    sizes.clear()
+    monkeypatch.setattr("specfuse.session._shareable", lambda model, kv: None)
+    assert session.ask_many(QUESTIONS, max_new_tokens=NEW) == shared
+    video = SharedPrefix(list(session._video._kv.values())).kv_bytes
+    assert max(sizes) - kept_once > 6 * video, "eight rows would keep eight"
+
+
+def test_ask_many_encodes_the_video_once_and_works_with_eager_attention(model: Any, processor: Any) -> None:
+    session = VideoSession(model, processor, clip(), None)
+    with count_work(model) as work:
+        expected = session.ask_many(QUESTIONS, max_new_tokens=NEW)
+    assert work.tower_calls == 1
+    model.set_attn_implementation("eager")
+    assert VideoSession(model, processor, clip(), None).ask_many(QUESTIONS, max_new_tokens=NEW) == expected
+
+
+@pytest.mark.parametrize(
+    ("questions", "kwargs", "message"),
+    [
+        ("one?", {}, "questions must be a sequence of strings"),
+        (["a?", 3], {}, "questions must be a sequence of strings"),
+        (["a?", " "], {}, "question must be a non-empty string"),
+        (["a?"], {"streamer": object()}, "streamer"),
+        (["a?"], {"input_ids": None}, "input_ids is set by the session"),
+        (["a?", "b?"], {"seed": [1]}, "seed must be an int or 2 ints"),
+        (["a?"], {"batch_size": 0}, "batch_size"),
+        (["a?"], {"num_beams": 2}, "num_beams"),
+    ],
+)
+def test_ask_many_names_bad_requests(
+    model: Any, processor: Any, questions: Any, kwargs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        VideoSession(model, processor, clip(), None).ask_many(questions, **kwargs)
+
+
+def test_ask_many_without_questions_has_no_answers(model: Any, processor: Any) -> None:
+    assert VideoSession(model, processor, clip(), None).ask_many([]) == []
