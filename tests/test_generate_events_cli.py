@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_cli import clip as clip
 from test_cli import generate, refused
+from vocabulary_cases import parrot, tokenizer
 
 from specfuse.cli.main import run
 from specfuse.data import miniature
@@ -62,3 +63,18 @@ def test_events_and_their_drafter_belong_together(
     (tmp_path / "broken.npz").write_bytes(recording.read_bytes()[:200])
     line = refused(capsys, *generate(tiny_directory, clip, *more, tmp_path / "broken.npz"))
     assert "broken.npz" in line
+
+
+def test_a_draft_model_with_another_tokenizer(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text model of a directory drafts in its own ids where its tokenizer is not the target's."""
+    parrot("sentencepiece").save_pretrained(tmp_path)
+    tokenizer("sentencepiece").save_pretrained(tmp_path)
+    line = generate(
+        Path("tiny-video-llava"), clip, "--drafter", tmp_path, "--compare", "--repeats", 1, "--json"
+    )
+    assert run([str(part) for part in [*line, "--max-new-tokens", 16, "--repeats", 1]]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["compare"]["tokens_equal"]
+    assert report["drafted"] > 0

@@ -13,7 +13,10 @@ from tiny_models import EOS, tiny_llama
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import specfuse
 from specfuse.data.world import clip
+from specfuse.drafters.pieces import Pieces
+from specfuse.drafters.vocabulary import shared
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 OTHER_TEXT = "Grüße aus 東京 🚗!"
@@ -180,3 +183,29 @@ def asked(family: str, index: int = 0) -> dict[str, Any]:
     """A question that the models know, as inputs of one."""
     ids = [1, *tokenizer(family).encode(dialogue()[index][0])]
     return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+
+
+def main() -> None:
+    """Prints tokens per pass of every pair: ``PYTHONPATH=. python tests/vocabulary_cases.py``."""
+    print("| target | drafter | shared | intersection | string |\n|---|---|---|---|---|")
+    for target in FAMILIES:
+        for drafter in FAMILIES:
+            part = shared(Pieces(tokenizer(target)), Pieces(tokenizer(drafter)))
+            found = [_tokens_per_pass(target, drafter, kind) for kind in ("intersection", "string")]
+            print(f"| {target} | {drafter} | {part:.2f} | {found[0]:.2f} | {found[1]:.2f} |")
+
+
+def _tokens_per_pass(target: str, drafter: str, kind: str) -> float:
+    tokenizers = {"tokenizer": tokenizer(drafter), "target_tokenizer": tokenizer(target)}
+    draft = specfuse.ModelDrafter(parrot(drafter), vocabulary=kind, **tokenizers)
+    generator, tokens, passes = specfuse.SpeculativeGenerator(parrot(target), draft), 0, 0
+    for index in range(ASKED):
+        options = asked(target, index) | {"max_new_tokens": 80, "do_sample": False}
+        assert torch.equal(generator.generate(**options), parrot(target).generate(**options))
+        tokens += generator.last_stats.tokens
+        passes += generator.last_stats.passes
+    return tokens / passes
+
+
+if __name__ == "__main__":
+    main()

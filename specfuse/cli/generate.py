@@ -196,7 +196,7 @@ def _drafter_factory(
     if holds_head(name):
         head_drafter = load_head("--drafter", name, target)
         return lambda: head_drafter
-    from specfuse.models.checkpoint import load_draft_model, load_eventgpt
+    from specfuse.models.checkpoint import load_draft_model, load_eventgpt, load_tokenizer
 
     if _is_eventgpt(name):
         from specfuse.drafters.event import EventDrafter
@@ -205,7 +205,10 @@ def _drafter_factory(
         # A new one has seen no scene yet: the first answer's time includes encoding the events.
         return lambda: EventDrafter(*eventgpt, processor)
     draft_model = load_draft_model(name, dtype=target.dtype, device=target.device)
-    return lambda: ModelDrafter(draft_model)
+    if not Path(name, "tokenizer_config.json").exists():
+        return lambda: ModelDrafter(draft_model)
+    tokenizers = {"tokenizer": load_tokenizer(name), "target_tokenizer": processor}
+    return lambda: ModelDrafter(draft_model, **tokenizers)
 
 
 def _memory(drafter: Any) -> Any:
