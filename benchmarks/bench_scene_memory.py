@@ -313,7 +313,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             writer = csv.DictWriter(file, (*COLUMNS, "nodes", *table[0]))
             writer.writeheader()
             where = environment()
-            writer.writerows({**where, "nodes": options.nodes, **row} for row in table)
+            for row in table:
+                rounded = {k: v if isinstance(v, str) else f"{v:.4g}" for k, v in row.items()}
+                writer.writerow({**where, "nodes": options.nodes, **rounded})
     return table
 
 
