@@ -138,6 +138,18 @@ def test_calibration_and_measurement_share_no_drive():
         held_out_clips("train", 2)
 
 
+@pytest.mark.slow
+def test_one_command_calibrates_the_shipped_head(tmp_path, capsys):
+    from specfuse.cli.main import run
+
+    models = ["--target", "tiny-video-llava", "--drafter", "tiny-head"]
+    size = ["--clips", "8", "--questions", "2", "--json"]
+    assert run(["align", "calibrate", *models, *size, "--out", str(tmp_path / "made")]) == 0
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert report["places"] > 100 and report["calibration_error"] < report["control"]
+    assert AgreementModel.load(tmp_path / "made").about["drafter"] == "HeadDrafter"
+
+
 def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     model = fit_and_check(peaked(600), None, None)

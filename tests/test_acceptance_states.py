@@ -176,6 +176,15 @@ def test_bad_arguments_are_named():
         answers(model, combined, accept=CosineAcceptance(threshold=0.5), **random_prompts(model, 1))
 
 
+def test_a_calibration_of_another_kind_of_drafter_is_refused():
+    model, calibration = tiny_llama(), sure(0.9)
+    calibration.about = {"drafter": "EventDrafter"}
+    with pytest.raises(ValueError, match="made for EventDrafter, not for ModelDrafter"):
+        answers(
+            model, ModelDrafter(model), accept=CosineAcceptance(None, calibration), **random_prompts(model, 1)
+        )
+
+
 def test_a_calibration_is_found_beside_its_adapter(tmp_path):
     calibration = sure(0.9)
     calibration.about = {"adapter": "residual-mlp"}

@@ -12,6 +12,7 @@ from torch import Tensor
 from specfuse.acceptance.calibration import AgreementModel
 from specfuse.acceptance.rule import AcceptanceRule, Judgement, ScoredTree
 from specfuse.adapters import AdapterModel, LinearAdapter, kind_of, load_adapter
+from specfuse.drafters import Drafter
 from specfuse.ops.adapter_cosine import ResidualMLPWeights, adapter_cosine
 from specfuse.train.adapter_pairs import fit_width
 
@@ -94,6 +95,14 @@ class CosineAcceptance(AcceptanceRule):
             return told | {"threshold": self.threshold}
         assert self.calibration is not None
         return told | {"calibration": self.calibration.kind, "max_disagreement": self.max_disagreement}
+
+    def check(self, drafter: Drafter | None) -> None:
+        super().check(drafter)
+        made_for = None if self.calibration is None else self.calibration.about.get("drafter")
+        if drafter is not None and made_for not in (None, type(drafter).__name__):
+            raise ValueError(
+                f"accept: the calibration was made for {made_for}, not for {type(drafter).__name__}"
+            )
 
     def judge(self, scored: ScoredTree) -> Judgement:
         scored.tally.estimated = scored.tally.estimated or 0.0 if self.threshold is None else None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from specfuse.drafters import DraftState
+from specfuse.drafters import Drafter, DraftState
 from specfuse.tree import TokenTree
 
 
@@ -85,6 +85,14 @@ class AcceptanceRule:
     def settings(self) -> dict[str, Any]:
         """What the output's label says about the rule, ready for JSON."""
         return {}
+
+    def check(self, drafter: Drafter | None) -> None:
+        """Raises ValueError for a drafter that the rule can not judge."""
+        if self.needs_states and drafter is not None and not drafter.gives_states:
+            raise ValueError(
+                f"accept: rule {self.name!r} compares decoder states and {type(drafter).__name__} has none; "
+                "use a ModelDrafter, an EventDrafter or a HeadDrafter"
+            )
 
     def judge(self, scored: ScoredTree) -> Judgement:
         """Looks at one pass."""

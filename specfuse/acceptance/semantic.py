@@ -16,7 +16,7 @@ Embedding = Callable[[list[str]], Tensor]
 """n texts to ``[n, D]`` floats."""
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 NO_EMBEDDING = (
-    "no sentence embedding: pip install specfuse[semantic] and download " + MODEL + " once, or pass embed=..."
+    "no sentence embedding: pip install specfuse[semantic] and download " + MODEL + " once, or pass embed="
 )
 _LOG = logging.getLogger(__name__)
 

@@ -32,16 +32,12 @@ class LossyWalk:
         drafter: of the call.
 
     Raises:
-        ValueError: a rule that needs decoder states and a drafter that gives none; a
-            ``prefix_allowed_tokens_fn``, which may be asked about prefixes of its own making only.
+        ValueError: a drafter that the rule can not judge; a ``prefix_allowed_tokens_fn``, which may be asked
+            about prefixes of its own making only.
     """
 
     def __init__(self, rule: AcceptanceRule, run: GenerationRun, drafter: Drafter | None):
-        if rule.needs_states and drafter is not None and not drafter.gives_states:
-            raise ValueError(
-                f"accept: rule {rule.name!r} compares decoder states and {type(drafter).__name__} has "
-                "none; use a ModelDrafter, an EventDrafter or a HeadDrafter"
-            )
+        rule.check(drafter)
         if any(isinstance(each, RowPrefixConstraint) for each in run.choice.processors or []):
             raise ValueError(f"prefix_allowed_tokens_fn does not go with accept={rule.name!r}: pass 'exact'")
         self.rule, self.run, self.tally = rule, run, Tally()
