@@ -23,7 +23,7 @@ from specfuse.train.presets import Preset
 
 FEATURES = ("states", "drafts")
 HORIZON = 16  # tokens that a compression drafter predicts
-CONTEXT = 24  # tokens of the text that it reads
+CONTEXT = 8  # tokens of the text that it reads
 EVERY = 4  # positions of an answer to learn from: neighbours say nearly the same
 EVERY_CLIP = 6  # of the clips that heads and drafters learn from
 
@@ -40,7 +40,7 @@ def decoder_pairs(
 
     - "states": the last hidden states of both models where they are about to say that token, the drafter
       having read the target's text so far and events instead of frames; with both language-model heads.
-    - "drafts": the event features that the drafter's prompt holds, the last 24 tokens of the text, and as
+    - "drafts": the event features that the drafter's prompt holds, the last 8 tokens of the text, and as
       target the 16 tokens that follow, where as many do; with the drafter's head.
 
     Args:
