@@ -183,13 +183,27 @@ def _per_row(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype)
         return value.to(device=like.device, dtype=dtype).expand(like.shape[0])
     if not isinstance(value, (int, float) if dtype.is_floating_point else int):
         raise ValueError(f"{name} must be a number or a tensor, got {value!r}")
+    filled = _filled
+    # On a GPU a tensor must not outlive the stream or the capture that fills it; a tracer's is none at all.
+    if like.is_cpu and type(like) is Tensor and not torch.compiler.is_compiling():
+        filled = _kept_filled
+    return filled(name, value, like.shape[0], dtype, like.device)
+
+
+def _filled(name: str, value: float, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[B] times a checked number; a seed grows by one from row to row."""
     _check_value(name, value)
     if name == "temperature" and 0.0 < value < torch.finfo(torch.float32).tiny:
         raise ValueError(f"temperature must be 0 (greedy) or a normal float32, got {value}")
     if not dtype.is_floating_point:
         # Seeds wrap to 64 bits; any top_k beyond the vocabulary is the same as the vocabulary.
         value = min(value, 2**31 - 1) if name == "top_k" else (int(value) + 2**63) % 2**64 - 2**63
-    return torch.full((like.shape[0],), value, dtype=dtype, device=like.device)
+    filled = torch.full((batch,), value, dtype=dtype, device=device)
+    return filled + torch.arange(batch, device=device) if name == "seed" else filled
+
+
+# The same few numbers come with every call, and nothing writes to what is made of them.
+_kept_filled = lru_cache(maxsize=128)(_filled)
 
 
 def per_row_tensors(
@@ -202,15 +216,12 @@ def per_row_tensors(
     positions: int | Tensor | None,
 ) -> list[Tensor]:
     """The [B] tensors of the schema from what a caller may give for them."""
-    seeds = _per_row("seed", seed, logits, torch.int64)
-    if not isinstance(seed, Tensor):
-        seeds = seeds + torch.arange(logits.shape[0], device=logits.device)
     return [
         _per_row("temperature", temperature, logits, torch.float32),
         _per_row("top_k", top_k, logits, torch.int32),
         _per_row("top_p", top_p, logits, torch.float32),
         _per_row("min_p", min_p, logits, torch.float32),
-        seeds,
+        _per_row("seed", seed, logits, torch.int64),
         _per_row("positions", 0 if positions is None else positions, logits, torch.int64),
     ]
 
