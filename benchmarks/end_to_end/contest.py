@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +146,8 @@ class PeakMemory:
         self.bytes = 0
 
     def __enter__(self) -> PeakMemory:
+        # What others left behind must not be freed, and counted, inside the block.
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
