@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         clock=options.clock,
         **contest.name,
     )
-    curve = [] if options.no_pass_times else curve_of(contest.model, contest.asked[0])
+    clock = CLOCKS[options.clock]
+    curve = [] if options.no_pass_times else curve_of(contest.model, contest.asked[0], clock)
     if options.csv is not None:
         table.append(options.csv / "generate.csv", table.ROW, shared, rows)
         table.append(options.csv / "pass_times.csv", table.PASS_ROW, shared, curve)
@@ -171,13 +172,13 @@ def choose(systems: Sequence[System], only: Sequence[str] | None, device: str) -
     return chosen
 
 
-def curve_of(model: Any, asked: Asked) -> list[dict[str, Any]]:
+def curve_of(model: Any, asked: Asked, clock: Callable[[], float]) -> list[dict[str, Any]]:
     """T(n): what a pass over n nodes costs behind this prompt."""
     asked.prepare()
     if model.device.type == "cuda":
         attend(model, "specfuse_tree")
     sample = {**asked.inputs, "max_new_tokens": max(asked.limit, 8), "do_sample": False}
-    times = pass_times(model, [sample], LENGTHS, rounds=25)
+    times = pass_times(model, [sample], LENGTHS, rounds=25, clock=clock)
     rows = [{"drafted": n, **table.percentiles([ms / 1e3 for ms in times[n]])} for n in LENGTHS]
     return [{**row, "ratio": round(row["p50_ms"] / rows[0]["p50_ms"], 3)} for row in rows]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -38,8 +38,15 @@ class Probe(SpeculativeGenerator):
             of length d - 1, and how often one of those was right.
     """
 
-    def __init__(self, model: PreTrainedModel, drafter: Drafter | None, max_nodes: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        drafter: Drafter | None,
+        max_nodes: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         super().__init__(model, drafter, max_nodes=max_nodes)
+        self.clock = clock
         self.passes: list[Pass] = []
         self.offered: Counter[int] = Counter()
         self.accepted: Counter[int] = Counter()
@@ -61,18 +68,18 @@ class Probe(SpeculativeGenerator):
         return super()._propose(state, _Restless())
 
     def _propose(self, state: DraftState, pace: Backoff) -> TokenTree:
-        start = time.perf_counter()
+        start = self.clock()
         self._close(state, start)
-        begin = time.perf_counter()
+        begin = self.clock()
         tree = self.draft(state)
-        self._sent = time.perf_counter()
+        self._sent = self.clock()
         # The tree that rides on the prompt belongs to the prefill, whose time says nothing about a pass.
         if any(state.answers):
             self._open = (tree, [len(answer) for answer in state.answers], (self._sent - begin) * 1e3)
         return tree
 
     def _learn(self, state: DraftState) -> None:
-        self._close(state, time.perf_counter())
+        self._close(state, self.clock())
         self._answers = [list(answer) for answer in state.answers]
         self.prompts = state.prompts
         self.questions = [state.question(row) for row in range(state.batch_size)]
@@ -125,8 +132,14 @@ class _Enough(Exception):
 class CostProbe(Probe):
     """Times passes over chains of given lengths on the real cache; what they draft means nothing."""
 
-    def __init__(self, model: PreTrainedModel, lengths: Iterator[int], max_nodes: int):
-        super().__init__(model, None, max_nodes)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        lengths: Iterator[int],
+        max_nodes: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        super().__init__(model, None, max_nodes, clock)
         self.lengths = lengths
         self.random = random.Random(0)
 
@@ -151,12 +164,17 @@ class CostProbe(Probe):
 
 
 def pass_times(
-    model: PreTrainedModel, sample: Sequence[Mapping[str, Any]], lengths: Sequence[int], rounds: int
+    model: PreTrainedModel,
+    sample: Sequence[Mapping[str, Any]],
+    lengths: Sequence[int],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, list[float]]:
     """Milliseconds of passes over ``1 + length`` nodes, by length, at the sample's prompts.
 
     All lengths take turns, in an order drawn anew each round, so that a machine that becomes slower makes all
-    of them slower; a first round is thrown away.
+    of them slower; a first round is thrown away. ``clock`` counts seconds: the processor's own, say, where
+    others use the machine.
 
     Raises:
         ValueError: no answer of the sample goes beyond its first token.
@@ -168,7 +186,7 @@ def pass_times(
     while len(times) < len(turns):
         before = len(times)
         for inputs in sample:
-            probe = CostProbe(model, iter(turns[len(times) :]), max(*lengths, 1))
+            probe = CostProbe(model, iter(turns[len(times) :]), max(*lengths, 1), clock)
             with suppress(_Enough):
                 probe.run(inputs)
             times += [each.pass_ms for each in probe.passes]
