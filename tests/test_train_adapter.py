@@ -243,7 +243,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["align", "nonsense", "--adapter", "X"], "ACTION must be report, got 'nonsense'"),
+        (["align", "nonsense", "--adapter", "X"], "ACTION must be report or calibrate, got 'nonsense'"),
         (["align", "report", "--adapter", "missing"], "no such adapter directory"),
         (["train", "adapter", "--out", "X"], "either --pairs FILE or --target DIR and --drafter DIR"),
         (["train", "adapter", "--out", "X", "--target", "T"], "either --pairs FILE or"),
