@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
 from PIL import Image
 
 from specfuse.data import miniature
@@ -19,7 +18,7 @@ from specfuse.models.checkpoint import load_eventgpt
 
 RECORDINGS = ("dsec_events_50ms.npz", "dsec_events_interlaken.npz")
 QUESTION = "How many cars are visible?"
-SHOWN = REPOSITORY / "docs" / "images" / "dsec_events_interlaken_2.png"
+SHOWN = Path(__file__).resolve().parents[1] / "docs" / "images" / "dsec_events_interlaken_2.png"
 
 
 @pytest.fixture(scope="module")
