@@ -17,6 +17,7 @@ from specfuse.drafters import DraftState, root_only
 from specfuse.drafters.guard import leave_out_finished
 from specfuse.drafters.scenes import rows_of_events
 from specfuse.drafters.supervised import SupervisedDrafter
+from specfuse.ops.verify_tree import AcceptedPath
 from specfuse.out_of_memory import is_out_of_memory
 from specfuse.stats import GenerationStats
 from specfuse.step_graph import GraphedSteps, graphs_of
@@ -197,14 +198,7 @@ class GenerationRun:
 
     def read(self, verified: Verified) -> Committed:
         """Brings the decision to the host: paths, lengths, next tokens."""
-        accepted = verified.accepted
-        if accepted.path.is_cpu:
-            paths, lengths = accepted.path.tolist(), accepted.length.tolist()
-            next_tokens = accepted.next_token.tolist()
-        else:
-            # One transfer, and so one wait for the device.
-            columns = [accepted.path.long(), accepted.length.long()[:, None], accepted.next_token[:, None]]
-            paths, lengths, next_tokens = _columns_of(torch.cat(columns, dim=1).tolist())
+        paths, lengths, next_tokens = on_host(verified.accepted)
         return self._committed(paths, lengths, next_tokens)
 
     def _committed(self, paths: list[list[int]], lengths: list[int], next_tokens: list[int]) -> Committed:
@@ -301,6 +295,15 @@ class GenerationRun:
 def _columns_of(packed: list[list[int]]) -> Committed:
     """Paths (and what stands behind them), lengths and next tokens of rows that end in the latter two."""
     return packed, [row[-2] for row in packed], [row[-1] for row in packed]
+
+
+def on_host(accepted: AcceptedPath) -> tuple[list[list[int]], list[int], list[int]]:
+    """Per row the path, its length and the next token; paths may hold more behind their length."""
+    if accepted.path.is_cpu:
+        return accepted.path.tolist(), accepted.length.tolist(), accepted.next_token.tolist()
+    # One transfer, and so one wait for the device.
+    columns = [accepted.path.long(), accepted.length.long()[:, None], accepted.next_token[:, None]]
+    return _columns_of(torch.cat(columns, dim=1).tolist())
 
 
 def visual_token_ids(model: PreTrainedModel) -> frozenset[int]:

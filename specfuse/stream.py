@@ -23,10 +23,11 @@ from specfuse.drafters import root_only
 from specfuse.drafters.guard import without_foreign_tokens
 from specfuse.exclusive import exclusive
 from specfuse.kv_cache import TreeCache
+from specfuse.ops.verify_tree import AcceptedPath
 from specfuse.out_of_memory import is_out_of_memory
 from specfuse.pacing import Backoff
 from specfuse.row_pool import RowPool
-from specfuse.run import GenerationRun
+from specfuse.run import GenerationRun, on_host
 from specfuse.shared_prefix import SharedPrefix
 from specfuse.stats import Clock, GenerationStats
 from specfuse.tree import TokenTree
@@ -109,6 +110,7 @@ class AnswerStream:
         self.stats = GenerationStats()
         self.pace = self._pace()
         self._choice: TokenChoice | None = None
+        self._seen = (0, 0)  # accepted drafts of the last pass, and its rows
         self._answers = self._run(iter(requests))
 
     def __iter__(self) -> Iterator[StreamedAnswer]:
@@ -211,19 +213,18 @@ class AnswerStream:
             draft_ms = clock.lap()
             positions = torch.cat([row.run.root_positions for row in self.rows])
             logits, tree = self._score(tree)
-            decided = self._decide(logits, tree, positions, errors)
+            accepted = self._decide(logits, tree, positions, errors)
             verify_ms = clock.lap()
-            kept = self._emit(tree, decided, errors)
-            self._commit(decided, kept)
+            kept = self._emit(tree, accepted, errors)
+            self.pool.commit(accepted.path, accepted.length, kept)
         commit_ms = clock.lap()
         for stats in (self.stats, *(row.stats for row in self.rows)):
             stats.draft_ms += draft_ms
             stats.verify_ms += verify_ms
             stats.commit_ms += commit_ms
         if self.pace.asked:
-            lengths = [int(verified.accepted.length[0]) for verified in decided if verified is not None]
-            accepted = sum(lengths) - len(lengths)
-            self.pace.learn(accepted, tree.width - 1, len(lengths), self.stats)
+            drafts, rows = self._seen
+            self.pace.learn(drafts, tree.width - 1, rows, self.stats)
         ended, updates = self._leave(errors), []
         if self.partial:
             updates = [row.answer() for row in self.rows]
@@ -261,30 +262,25 @@ class AnswerStream:
 
     def _decide(
         self, logits: Tensor, tree: TokenTree, positions: Tensor, errors: dict[int, Exception]
-    ) -> list[Verified | None]:
-        """Per row what was decided, on the CPU; None where that failed."""
+    ) -> AcceptedPath:
+        """What was accepted; length 0 in rows where deciding failed."""
         if all(row.run.choice.processors is None for row in self.rows):
-            accepted = verify(logits, tree, self._joint_choice(), positions, []).accepted
-            # One transfer for all rows, then plain slices.
-            on_host = type(accepted)(*(values.cpu() for values in accepted))
-            return [
-                Verified(type(accepted)(*(v[i : i + 1] for v in on_host)), None, None)
-                for i in range(len(self.rows))
-            ]
-        decided: list[Verified | None] = []
+            return verify(logits, tree, self._joint_choice(), positions, []).accepted
+        found = []
         for i, row in enumerate(self.rows):
-            one = slice(i, i + 1)
+            one, sequences = slice(i, i + 1), row.run.sequences()
             try:
-                found = verify(
-                    logits[one], row_of(tree, i), row.run.choice, positions[one], row.run.sequences()
-                )
-                decided.append(
-                    found._replace(accepted=type(found.accepted)(*(v.cpu() for v in found.accepted)))
-                )
+                decided = verify(logits[one], row_of(tree, i), row.run.choice, positions[one], sequences)
+                found.append(decided.accepted)
             except Exception as error:
                 errors.setdefault(i, error)
-                decided.append(None)
-        return decided
+                nothing = logits.new_full((1, tree.width), -1)
+                found.append(
+                    AcceptedPath(
+                        nothing.int(), nothing[:, 0].int() + 1, nothing[:, 0].long(), nothing.float()
+                    )
+                )
+        return AcceptedPath(*(torch.cat(values) for values in zip(*found, strict=True)))
 
     def _joint_choice(self) -> TokenChoice:
         """All rows' settings as one, made anew when rows come or go."""
@@ -297,38 +293,27 @@ class AnswerStream:
             )
         return self._choice
 
-    def _emit(
-        self, tree: TokenTree, decided: list[Verified | None], errors: dict[int, Exception]
-    ) -> list[int]:
+    def _emit(self, tree: TokenTree, accepted: AcceptedPath, errors: dict[int, Exception]) -> list[int]:
         """Appends to every row what was decided; returns how many tokens each kept."""
-        kept = [0] * len(self.rows)
-        for i, (row, verified) in enumerate(zip(self.rows, decided, strict=True)):
-            if verified is None or i in errors:
+        kept, drafts, rows = [0] * len(self.rows), 0, 0
+        decided = zip(*on_host(accepted), strict=True)
+        for i, (row, (path, length, following)) in enumerate(zip(self.rows, decided, strict=True)):
+            if i in errors:
                 continue
-            path, length, following, _ = (values.tolist() for values in verified.accepted)
+            run, verified = row.run, Verified(accepted, None, None)
             try:
-                check_distributions(following, length)
-                if self.pool.states is not None and row.run.target.keeps_states:
-                    states = row.run.target.states = self.pool.states[i : i + 1]
-                    path_there = verified.accepted.path.to(states.device)
-                    verified = verified._replace(accepted=verified.accepted._replace(path=path_there))
-                committed = ([path[0][: length[0]]], length, following)
-                kept[i] = row.run.emit(row_of(tree, i), verified, *committed, row.stats)[0]
-                self.stats.count(kept[i], int(tree.num_nodes[i]) - 1, length[0] - 1)
+                check_distributions([following], [length])
+                if self.pool.states is not None and run.target.keeps_states:
+                    run.target.states = self.pool.states[i : i + 1]
+                    verified = Verified(AcceptedPath(*(values[i : i + 1] for values in accepted)), None, None)
+                committed = ([path[:length]], [length], [following])
+                kept[i] = run.emit(row_of(tree, i), verified, *committed, row.stats)[0]
+                self.stats.count(kept[i], int(tree.num_nodes[i]) - 1, length - 1)
             except Exception as error:
                 errors[i] = error
+            drafts, rows = drafts + length - 1, rows + 1
+        self._seen = drafts, rows
         return kept
-
-    def _commit(self, decided: list[Verified | None], kept: list[int]) -> None:
-        width = max((v.accepted.path.shape[1] for v in decided if v is not None), default=1)
-        path = torch.full((len(kept), width), -1, dtype=torch.int32)
-        length = torch.zeros(len(kept), dtype=torch.int32)
-        for i, verified in enumerate(decided):
-            if verified is not None and kept[i]:
-                path[i, : verified.accepted.path.shape[1]] = verified.accepted.path[0]
-                length[i] = verified.accepted.length[0]
-        device = self.model.device
-        self.pool.commit(path.to(device), length.to(device), kept)
 
     def _leave(self, errors: dict[int, Exception]) -> list[StreamedAnswer]:
         ended = []
