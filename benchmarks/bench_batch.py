@@ -3,12 +3,12 @@
     python benchmarks/bench_batch.py [--requests 64] [--batch 8 32] [--rounds 3] [--only NAME]
                                      [--csv FILE] [--quick]
 
-Two models. "miniature": questions about held-out clips, on the vision cache for everybody, so that batching is what
-is compared. "60m": a LLaMA of 60 million random weights and text prompts of 16 to 64 tokens,
-whose answers have 8 to 128 tokens, most of them short, as answers have; its drafts are simulated: right with
-probability 0.8, four deep, and labelled so. Every system answers all requests, batches in their order of
-arrival, left padded; a batch runs until its longest answer ends. Answers are compared with those of
-model.generate before anything is timed. Rounds are interleaved, another system first each time.
+Two models. "miniature": questions about held-out clips, on the vision cache for everybody: batching is what
+is compared. "60m": a LLaMA of 60 million random weights and text prompts of 16 to 64 tokens, whose answers
+have 8 to 128 tokens, most of them short, as answers have; its drafts are simulated, right with probability
+0.8, four deep, and labelled so. Every system answers all requests, batches in their order of arrival, left
+padded; a batch runs until its longest answer ends. Answers are compared with those of model.generate before
+anything is timed. Rounds are interleaved, another system first each time.
 
     tokens/s       of all answers, median over rounds
     over generate  median over rounds of model.generate's time over this one's

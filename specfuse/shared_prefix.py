@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specfuse.kernels.tree_attention_eager import merge_parts
-
 
 class SharedPrefix:
     """Keys and values of a prefix of P tokens.
@@ -41,13 +39,27 @@ class SharedPrefixMask(Tensor):
     prefix: SharedPrefix
     cache: Any
     readers: set[int]
+    sums: Tensor | None
 
     @staticmethod
     def wrap(mask: Tensor, prefix: SharedPrefix, cache: Any) -> SharedPrefixMask:
         """``mask`` with the prefix; ``cache.layer_now`` says which layer attends."""
         wrapped = mask.as_subclass(SharedPrefixMask)
         wrapped.prefix, wrapped.cache, wrapped.readers = prefix, cache, set()
+        wrapped.sums = None
         return wrapped
+
+    def additive(self, dtype: torch.dtype) -> Tensor:
+        """0 where a node sees a slot, else so low that nothing is left of it; made once for all layers.
+
+        Not -inf: a padding node sees nothing, and its output must not be NaN.
+        """
+        if self.sums is None:
+            seen = self.as_subclass(Tensor)
+            wide = torch.promote_types(dtype, torch.float32)
+            low = torch.finfo(torch.float32).min / 4
+            self.sums = torch.zeros(seen.shape, dtype=wide, device=seen.device).masked_fill_(~seen, low)
+        return self.sums
 
     def check_read(self, layers: int) -> None:
         """Raises RuntimeError unless every layer has attended to the prefix."""
@@ -81,9 +93,11 @@ def _attend(
     attn_mask.readers.add(layer)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     keys, values = attn_mask.prefix.layers[layer]
-    prefix = attend_to_prefix(query, keys, values, scale)
-    own = attend_with_mask(query, key, value, attn_mask.as_subclass(Tensor), scale)
-    return merge_parts(*prefix, *own).to(query.dtype)
+    prefix, prefix_lse = attend_to_prefix(query, keys, values, scale)
+    own, own_lse = attend_with_mask(query, key, value, attn_mask.additive(query.dtype), scale)
+    # exp(a) / (exp(a) + exp(b)) is the share of the prefix.
+    share = (prefix_lse - own_lse).sigmoid()[..., None]
+    return torch.lerp(own, prefix, share).to(query.dtype)
 
 
 def attend_to_prefix(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -101,42 +115,41 @@ def attend_to_prefix(query: Tensor, keys: Tensor, values: Tensor, scale: float) 
     G = keys.shape[1]
     # Rows and the query heads of a kv head side by side: one product per kv head.
     packed = query.reshape(B, G, H // G, N, D).permute(1, 2, 0, 3, 4).reshape(1, G, H // G * B * N, D)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    if query.device.type == "cpu":
-        flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = flash(packed, keys, values, scale=scale)
-    elif query.dtype in (torch.float16, torch.bfloat16):
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse = flash(packed, keys, values, scale=scale)[:2]
-    else:
-        out, lse = _attend_eagerly(packed, keys, values, None, scale)
-    out = out.to(wide).reshape(G, H // G, B, N, D).permute(2, 0, 1, 3, 4).reshape(B, H, N, D)
-    lse = lse.to(wide).reshape(G, H // G, B, N).permute(2, 0, 1, 3).reshape(B, H, N)
-    return out, lse
+    out, lse = _attention_and_lse(packed, keys, values, None, scale)
+    out = out.reshape(G, H // G, B, N, D).permute(2, 0, 1, 3, 4).reshape(B, H, N, D)
+    return out, lse.reshape(G, H // G, B, N).permute(2, 0, 1, 3).reshape(B, H, N)
 
 
 def attend_with_mask(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Each row sees its own slots where ``mask [B, 1, N, slots]`` is True; as :func:`attend_to_prefix`.
+    """Each row sees its own slots under an additive ``mask [B, 1, N, slots]``; as :func:`attend_to_prefix`.
 
     ``key`` and ``value`` are ``[B, G, slots, D]``, or repeated to H heads already.
     """
     B, H, N, D = query.shape
     G = key.shape[1]
-    grouped = query.reshape(B, G, H // G * N, D)
-    rows = mask.repeat(1, 1, H // G, 1)
-    out, lse = _attend_eagerly(grouped, key, value, rows, scale)
+    rows = mask if H == G else mask.repeat(1, 1, H // G, 1)
+    out, lse = _attention_and_lse(query.reshape(B, G, H // G * N, D), key, value, rows, scale)
     return out.reshape(B, H, N, D), lse.reshape(B, H, N)
 
 
-def _attend_eagerly(
+def _attention_and_lse(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = scale * query.to(wide) @ key.to(wide).mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    lse = scores.logsumexp(dim=-1)
-    weights = (scores - lse.clamp(min=torch.finfo(wide).min)[..., None]).exp()
-    return weights @ value.to(wide), lse
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    flash: Any
+    if query.device.type == "cpu" and not (half and mask is not None):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(query, key, value, attn_mask=mask, scale=scale)
+    elif query.device.type == "cuda" and half and mask is None:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse = flash(query, key, value, scale=scale)[:2]
+        lse = lse[..., : query.shape[2]]
+    else:
+        scores = scale * query.to(wide) @ key.to(wide).mT
+        scores = scores if mask is None else scores + mask
+        lse = scores.logsumexp(dim=-1)
+        out = (scores - lse[..., None]).exp() @ value.to(wide)
+    return out.to(wide), lse.to(wide)
