@@ -1,8 +1,8 @@
-"""Speed-up against acceptance: drafts that are right with a given probability, on real compute.
+"""Speed-up against acceptance: drafts of which a given share is right, on real compute.
 
     python benchmarks/bench_acceptance_curve.py [--size tiny] [--prompt 171] [--grid] [--csv DIR]
 
-"simulated": which drafts are right is drawn (each with the same probability, independently), not drafted, and
+"simulated": which drafts are right is drawn (exactly that share of an answer's places), not drafted, and
 drafting costs nothing; what the target does for them is real, a model of real shape with random weights
 (end_to_end/shapes.py). Drafts are chains. Hugging Face's assisted generation gets the very same drafts from a
 model of one narrow layer, so its column is what its loop makes of them.

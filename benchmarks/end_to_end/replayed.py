@@ -73,12 +73,14 @@ def hook_us(script: Script, nodes: int, vocabulary: int, dtype: torch.dtype) -> 
 
 
 def imperfect(answer: Sequence[int], rate: float, seed: int, vocabulary: int) -> list[int]:
-    """The answer with each token right with probability ``rate``, independently, and wrong otherwise.
+    """The answer with a share ``rate`` of its tokens right, in drawn places, and wrong ones elsewhere.
+
+    The share is exact, so that a few answers are enough to measure on.
 
     Raises:
-        ValueError: ``rate`` is no probability.
+        ValueError: ``rate`` is no share.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be from 0 to 1, got {rate}")
-    draw = random.Random(seed)
-    return [token if draw.random() < rate else (token + 1) % vocabulary for token in answer]
+    right = set(random.Random(seed).sample(range(len(answer)), round(rate * len(answer))))
+    return [token if place in right else (token + 1) % vocabulary for place, token in enumerate(answer)]

@@ -1,4 +1,4 @@
-"""Drafts of a given quality: the right token with a given probability, at no cost."""
+"""Drafts of a given quality at no cost."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import specfuse
 class SimulatedDrafter(specfuse.Drafter):
     """Proposes the next tokens of ``line`` as a chain, whatever was asked.
 
-    ``line`` is an answer in which some tokens are wrong (:func:`end_to_end.replayed.imperfect`), so that each
-    draft behind an accepted path is right with that probability. The real drafter that would reach it is not
+    ``line`` is an answer in which some tokens are wrong (:func:`end_to_end.replayed.imperfect`), so that a
+    draft behind an accepted path is right as often as a token of the line is. The real drafter that would reach it is not
     there, and neither is its cost.
     """
 
