@@ -11,8 +11,8 @@ class SimulatedDrafter(specfuse.Drafter):
     """Proposes the next tokens of ``line`` as a chain, whatever was asked.
 
     ``line`` is an answer in which some tokens are wrong (:func:`end_to_end.replayed.imperfect`), so that a
-    draft behind an accepted path is right as often as a token of the line is. The real drafter that would reach it is not
-    there, and neither is its cost.
+    draft behind an accepted path is right as often as a token of the line is. The real drafter that would
+    reach it is not there, and neither is its cost.
     """
 
     def __init__(self, line: Sequence[int] = ()):
