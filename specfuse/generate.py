@@ -262,7 +262,7 @@ class SpeculativeGenerator:
         stats.prefill_ms += clock.lap()
         while True:
             kept = run.emit(tree, verified, *committed, stats)
-            run.target.commit(verified.accepted.path, verified.accepted.length, kept)
+            run.commit(verified, kept)
             stats.commit_ms += clock.lap()
             if not any(run.state.active):
                 break

@@ -183,6 +183,17 @@ class TreeCache(Cache):
         start = torch.tensor(root_slots, dtype=torch.int64, device=path.device)
         compact_kv(self.buffers(), path, length, start)
 
+    def keep_rows(self, rows: list[int]) -> None:
+        """Leaves the rows named, in ascending order, and lets go of the others; nothing is allocated."""
+        lengths = [self.lengths[row] for row in rows]
+        for layer in self.layers:
+            for buffer in (layer.keys, layer.values):
+                for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                    if place != row:
+                        buffer[place, :, :length] = buffer[row, :, :length]
+            layer.keys, layer.values = layer.keys[: len(rows)], layer.values[: len(rows)]
+        self.set_lengths(lengths)
+
     def buffers(self) -> list[Tensor]:
         """Keys and values of every layer, ``[B, G, capacity, D]`` each; none before the first pass."""
         if not all(layer.is_initialized for layer in self.layers):

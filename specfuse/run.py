@@ -13,6 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specfuse.answers import Answers
 from specfuse.arguments import row_seeds
+from specfuse.carried_rows import CarriedRows
 from specfuse.drafters import DraftState, root_only
 from specfuse.drafters.guard import leave_out_finished
 from specfuse.drafters.scenes import rows_of_events
@@ -72,6 +73,7 @@ class GenerationRun:
         self.state = self._draft_state(request)
         self.graphed: GraphedSteps | None = None
         self.verify: Callable[..., Verified] = verify
+        self.carried = CarriedRows(batch)
         self.scores: list[list[Tensor]] = [[] for _ in range(batch)]
         self.logits: list[list[Tensor]] = [[] for _ in range(batch)]
 
@@ -160,19 +162,35 @@ class GenerationRun:
             done = self.graphed.step(tree, self._ids(positions), positions)
             if done is not None:
                 return tree, Verified(done[0], None, None), self._committed(*_columns_of(done[1]))
+        if not all(self.state.active) and self._may_drop_rows():
+            self.carried.drop(self.state.active, self.state.remaining, self.target, self.choice)
         logits, tree = self.score(tree, positions)
-        verified = self.verify(logits, tree, self.choice, positions, self.sequences())
+        if self.carried.all_there:
+            verified = self.verify(logits, tree, self.choice, positions, self.sequences())
+        else:
+            verified = self.carried.verify(logits, tree, positions)
         return tree, verified, self.read(verified)
+
+    def _may_drop_rows(self) -> bool:
+        """Whether a finished row is over for good and nobody but the loop looks at the rows of a pass."""
+        if not self.answers.has_eos:
+            return False
+        plain = self.choice.processors is None and self.verify is verify and self.graphed is None
+        return plain and not self.target.keeps_states and not self.config.return_dict_in_generate
+
+    def commit(self, verified: Verified, kept: list[int]) -> None:
+        """Keeps what ``emit`` has emitted in the cache."""
+        self.carried.commit(self.target, verified.accepted, kept)
 
     def score(self, tree: TokenTree, positions: Tensor) -> tuple[Tensor, TokenTree]:
         """A pass after the first: logits and the tree it carried, the roots alone where memory ran out."""
         try:
-            return self.target.forward_tree(tree, self._ids(positions)), tree
+            return self.carried.forward(self.target, tree, self._ids(positions)), tree
         except (RuntimeError, MemoryError) as error:
             roots = self._without_drafts(tree, error)
         # Some layers hold new nodes, some have grown: the former are forgotten, the latter do no harm.
         self.target.cache.set_lengths(self.target.cache.lengths)
-        return self.target.forward_tree(roots, self._ids(positions)), roots
+        return self.carried.forward(self.target, roots, self._ids(positions)), roots
 
     def _without_drafts(self, tree: TokenTree, error: BaseException) -> TokenTree:
         """What can still be tried after ``error``, and from now on; raises it again where nothing can."""

@@ -191,7 +191,7 @@ class AnswerStream:
             kept = run.emit(tree, verified, *committed, stats)
             row = _Row(None, run, stats)
             if not row.done:
-                run.target.commit(verified.accepted.path, verified.accepted.length, kept)
+                run.commit(verified, kept)
                 self.pool.join(run.target, int(run.root_ids[0]))
                 self.pool.keeps_states |= run.target.keeps_states
             run.target.cache = TreeCache(0, 1, 0)  # its KV lies in the pool
@@ -270,7 +270,7 @@ class AnswerStream:
         for i, row in enumerate(self.rows):
             one, sequences = slice(i, i + 1), row.run.sequences()
             try:
-                decided = verify(logits[one], row_of(tree, i), row.run.choice, positions[one], sequences)
+                decided = verify(logits[one], tree.rows(one), row.run.choice, positions[one], sequences)
                 found.append(decided.accepted)
             except Exception as error:
                 errors.setdefault(i, error)
@@ -307,7 +307,7 @@ class AnswerStream:
                     run.target.states = self.pool.states[i : i + 1]
                     verified = Verified(AcceptedPath(*(values[i : i + 1] for values in accepted)), None, None)
                 committed = ([path[:length]], [length], [following])
-                kept[i] = run.emit(row_of(tree, i), verified, *committed, row.stats)[0]
+                kept[i] = run.emit(tree.rows(slice(i, i + 1)), verified, *committed, row.stats)[0]
                 self.stats.count(kept[i], int(tree.num_nodes[i]) - 1, length - 1)
             except Exception as error:
                 errors[i] = error
@@ -344,9 +344,3 @@ def stacked(trees: list[TokenTree]) -> TokenTree:
         if probs is not None:
             probs[i, : tree.width] = 1.0 if tree.probs is None else tree.probs[0]
     return TokenTree(tokens, parents, torch.cat([tree.num_nodes for tree in trees]), probs)
-
-
-def row_of(tree: TokenTree, row: int) -> TokenTree:
-    """One row of a batch, as a batch of one."""
-    one = slice(row, row + 1)
-    return TokenTree(tree.tokens[one], tree.parents[one], tree.num_nodes[one])

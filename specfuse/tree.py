@@ -38,6 +38,11 @@ class TokenTree(NamedTuple):
     num_nodes: Tensor
     probs: Tensor | None = None
 
+    def rows(self, rows: list[int] | slice) -> TokenTree:
+        """Some of the batch's trees, probabilities included."""
+        probs = None if self.probs is None else self.probs[rows]
+        return TokenTree(self.tokens[rows], self.parents[rows], self.num_nodes[rows], probs)
+
     # ---------------------------------------------------------------- building
 
     @classmethod

@@ -178,6 +178,15 @@ class TreeForward:
             self.cache.keep_path(path, length, slots)
         self.cache.set_lengths([slot + count for slot, count in zip(slots, lengths, strict=True)])
 
+    def keep_rows(self, rows: list[int]) -> None:
+        """Goes on with some of the rows, in ascending order; nothing may be pending."""
+        self.cache.keep_rows(rows)
+        self.pads = [self.pads[row] for row in rows]
+        self._slot_offset = self._slot_offset[rows]
+        self.valid = None if self.valid is None else self.valid[rows]
+        self.starts = None if self.starts is None else self.starts[rows]
+        self._mask = None
+
     def _call(self, keep: int | None = None, **inputs: Any) -> Tensor:
         if keep is not None and "logits_to_keep" in self.parameters:
             inputs["logits_to_keep"] = keep

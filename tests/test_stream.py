@@ -8,21 +8,14 @@ from typing import Any
 import pytest
 import torch
 from scripted_drafters import OracleChainDrafter, RandomTreeDrafter
-from tiny_models import (
-    finish,
-    left_pad,
-    random_prompts,
-    tiny_llama,
-    tiny_video_llava,
-    video_inputs,
-)
+from tiny_models import finish, left_pad, random_prompts, tiny_llama, tiny_video_llava, video_inputs
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import specfuse
 from specfuse.drafters import CombinedDrafter, CorpusDrafter, Drafter, DraftState, PromptLookupDrafter
 from specfuse.kv_cache import TreeCacheLayer
-from specfuse.stream import StreamedAnswer, row_of, stacked
+from specfuse.stream import StreamedAnswer, stacked
 from specfuse.tree import TokenTree
 
 MODEL = tiny_llama(seed=3)
@@ -350,9 +343,8 @@ def test_trees_are_stacked_with_their_probabilities_and_taken_apart_again() -> N
     both.validate()
     assert both.num_nodes.tolist() == [3, 1] and both.probs is not None
     assert both.probs.tolist() == [[1.0, 0.5, 0.25], [1.0, 0.0, 0.0]]
-    assert row_of(both, 0).tokens.tolist() == first.tokens.tolist()
-    silent = TokenTree.from_chains([1], [[2]])
-    assert stacked([first, silent]).probs is None, "certainty is not made up"
+    assert both.rows([0]).tokens.tolist() == first.tokens.tolist()
+    assert stacked([first, TokenTree.from_chains([1], [[2]])]).probs is None, "certainty is not made up"
 
 
 def test_padding_with_holes_is_left_out() -> None:
@@ -360,3 +352,43 @@ def test_padding_with_holes_is_left_out() -> None:
     inputs["attention_mask"][0, [0, 3]] = 0
     request = {"id": "holes", **inputs, "max_new_tokens": 8}
     assert_equal(streamed(MODEL, RandomTreeDrafter(vocab=126), [request], 2), alone(MODEL, [request]))
+
+
+# ------------------------------------------------------------------ rows that finish in a batch
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", ["none", "auto", "random", "model"])
+def test_a_batch_drops_rows_that_finish(name: str, do_sample: bool) -> None:
+    model = tiny_llama(seed=3, eos=False)
+    ends = [3, 40, 9, 5, 22, 4]
+
+    def finishes(ids: Tensor, scores: Any) -> Tensor:
+        # A row is told by its first real token.
+        real = [int(row[(row != 0).nonzero()[0] + 1]) for row in ids]
+        return torch.tensor([ids.shape[1] >= width + ends[starts.index(token)] for token in real])
+
+    inputs = random_prompts(model, 6, seed=1)
+    width = inputs["input_ids"].shape[1]
+    starts = [int(row[(row != 0).nonzero()[0] + 1]) for row in inputs["input_ids"]]
+    assert len(set(starts)) == 6
+    options = {
+        "max_new_tokens": 40,
+        "do_sample": do_sample,
+        "eos_token_id": 2,
+        "stopping_criteria": [finishes],
+    }
+    with_dict = {"return_dict_in_generate": True}  # keeps all rows
+    expected = specfuse.generate(model, None, **inputs, **options, **with_dict, seed=5).sequences
+    rows = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        found = specfuse.generate(model, DRAFTERS[name](), max_nodes=8, **inputs, **options, seed=5)
+    finally:
+        handle.remove()
+    assert torch.equal(found, expected)
+    assert rows[0] == 6 and (rows[-1] < 6 or name == "model")
+    if name == "none":
+        assert rows[-1] == 1 and len(rows) == 40
+        if not do_sample:
+            assert torch.equal(model.generate(**inputs, **options), expected)
