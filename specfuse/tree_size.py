@@ -22,8 +22,8 @@ SIZES = (0, 2, 4, 8, 16, 32, 64)
 LARGEST = SIZES[-1]
 
 # Units of the ledger are plain passes: what failed attempts may cost per plain pass and per call, and what a
-# drafter that has earned much may lose again. With answers of 50 tokens the first two come to 1.7 %.
-ALLOWANCE, GRANT, CREDIT = 0.012, 0.25, 8.0
+# drafter that has earned much may lose again. With answers of 50 tokens the first two come to 1.4 %.
+ALLOWANCE, GRANT, CREDIT = 0.01, 0.2, 8.0
 # Beyond the balance, what one attempt may cost more than a plain pass by what is known of its size.
 RISK = 0.25
 # Debt is bounded, so that one stall of the machine does not end drafting for an hour.
