@@ -268,6 +268,18 @@ def _obstacle(target: TreeForward, choice: TokenChoice) -> str | None:
 
 
 def _placement(model: Any) -> object:
-    """Changes when parameters move, are replaced, or attention is switched."""
+    """Changes when what a graph would replay is no longer what the model does.
+
+    That is: parameters moved or were replaced, attention was switched, hooks came or went, ``forward`` was
+    patched.
+    """
     parameters = tuple(parameter.data_ptr() for parameter in model.parameters())
-    return parameters, model.config.get_text_config(decoder=True)._attn_implementation, model.training
+    # Every hook has a number of its own.
+    hooks = tuple(
+        number
+        for module in model.modules()
+        for registered in (module._forward_hooks, module._forward_pre_hooks)
+        for number in registered
+    )
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    return parameters, hooks, attention, id(vars(model).get("forward")), model.training

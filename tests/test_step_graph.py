@@ -256,12 +256,25 @@ def test_capture_is_late_and_once(monkeypatch, bodies):
     assert list(graphs.free[1].replays) == [(1, False)]
 
 
-def test_parameters_that_moved_are_captured_anew(monkeypatch):
+def moved(model):
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.clone())
+
+
+def hooked(model):
+    model.lm_head.register_forward_hook(lambda *_: None)
+
+
+def switched(model):
+    model.set_attn_implementation("specfuse_tree")
+
+
+@pytest.mark.parametrize("change", [moved, hooked, switched])
+def test_a_model_that_changed_is_captured_anew(change, monkeypatch):
     model = tiny_llama(seed=7, eos=False)
     capture = StandIn()
     use(monkeypatch, model, capture)
     answer(model, None)
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.clone())
+    change(model)
     answer(model, None)
     assert len(capture.captured) == 2
     answer(model, None)
