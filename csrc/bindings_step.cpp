@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "tree_layout.h"
@@ -42,6 +44,13 @@ void bits(uintptr_t parents, uintptr_t num_nodes, int64_t B, int64_t N, uintptr_
 void mask(uintptr_t parents, uintptr_t num_nodes, int64_t B, int64_t N, uintptr_t cells,
           const std::array<int64_t, 3>& buffer, const std::vector<int64_t>& done,
           const std::vector<int64_t>& start, int64_t end) {
+  // A slot outside the buffer would be somebody else's memory.
+  if (buffer[0] < B || buffer[1] < N || end > buffer[2] || static_cast<int64_t>(done.size()) != B ||
+      static_cast<int64_t>(start.size()) != B)
+    throw std::invalid_argument("the kept mask does not hold these trees");
+  for (const int64_t slot : start)
+    if (slot < 0 || slot + N > end)
+      throw std::invalid_argument("trees must lie inside the mask, got slot " + std::to_string(slot));
   write_step_mask(trees(0, parents, num_nodes, B, N), {pointer<bool>(cells), buffer[1] * buffer[2], buffer[2],
                                                        buffer[1], done.data(), start.data(), end});
 }
@@ -50,6 +59,8 @@ void mask(uintptr_t parents, uintptr_t num_nodes, int64_t B, int64_t N, uintptr_
 void rows(const std::vector<std::array<uintptr_t, 2>>& copies,
           const std::vector<std::array<int64_t, 6>>& strides, const std::array<int64_t, 4>& shape,
           const std::vector<int64_t>& start) {
+  if (static_cast<int64_t>(start.size()) != shape[0])
+    throw std::invalid_argument("first slots must be one per row, got " + std::to_string(start.size()));
   for (size_t i = 0; i < copies.size(); ++i) {
     const auto& step = strides[i];
     write_rows({pointer<const char>(copies[i][0]), step[0], step[1], step[2], pointer<char>(copies[i][1]),

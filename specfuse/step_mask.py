@@ -38,7 +38,7 @@ class StepMask:
         if not batch or not is_plain(tree):
             return None
         cells = self.cells
-        if cells is None or cells.shape[1] < width or cells.shape[2] < slots:
+        if cells is None or cells.shape[0] != batch or cells.shape[1] < width or cells.shape[2] < slots:
             cells = self._start(batch, width, max(slots, capacity))
         native.step.write_step_mask(
             tree.parents.data_ptr(),

@@ -127,6 +127,20 @@ def test_the_kept_mask_is_the_mask_built_anew(padded):
 
 
 @built
+def test_a_kept_mask_begins_anew_with_other_rows_and_refuses_slots_outside():
+    kept, tree = StepMask(None), random_trees(0, batch=3, width=4)
+    assert kept.of(tree, [5, 6, 7], 11, 11).shape == (3, 4, 11)
+    fewer = random_trees(1, batch=2, width=4)
+    mask = kept.of(fewer, [6, 2], 10, 11)
+    assert mask.shape == (2, 4, 10) and mask[1, :, :2].all() and not mask[1, :, 6:].any()
+    for lengths, slots in [([6, 2, 3], 10), ([6], 10), ([7, 2], 10), ([-1, 2], 10)]:
+        with pytest.raises(ValueError, match="mask"):
+            kept.of(fewer, lengths, slots, 11)
+    with pytest.raises(ValueError, match="one per row"):
+        native.step.write_rows([], [], (2, 1, 1, 4), [0])
+
+
+@built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ragged_rows_are_written_where_indexing_puts_them(dtype, transposed, monkeypatch):
