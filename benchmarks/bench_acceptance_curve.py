@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--csv", type=Path, metavar="DIR", help="append to acceptance.csv there")
+    parser.add_argument("--csv", type=Path, metavar="DIR", help="append to acceptance_curve.csv there")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         clock=options.clock,
     )
     if options.csv is not None:
-        table.append(options.csv / "acceptance.csv", ROW, shared, rows)
+        table.append(options.csv / "acceptance_curve.csv", ROW, shared, rows)
     if options.json:
         print(json.dumps({**shared, "rows": rows}))
     else:

@@ -9,7 +9,7 @@
 #   run NAME         the vision cache and the loop's own cost, rows into OUTDIR/end_to_end.csv
 #   generate INPUT   whole answers against model.generate and others: the miniature, and recorded answers replayed
 #                    on models of 1B and 7B parameters, rows into OUTDIR/generate.csv and OUTDIR/pass_times.csv
-#   acceptance 7b    speed-up by simulated acceptance, rows into OUTDIR/acceptance.csv
+#   acceptance 7b    speed-up by simulated acceptance, rows into OUTDIR/acceptance_curve.csv
 #   plot             PNG and SVG of all of it, where matplotlib is there
 #
 # The recording is SPECFUSE_TRACE, else video_llava_dsec_1s_tokens.json in SPECFUSE_SHARED_DATA, shared/data or

@@ -2,9 +2,9 @@
 
     python benchmarks/plot_end_to_end.py [DIR] [--device cpu|gpu] [--out DIR]
 
-Reads generate.csv, acceptance.csv and pass_times.csv where they are in DIR (default benchmarks/results) and
-writes latency_DEVICE, acceptance_DEVICE and pass_times_DEVICE as PNG and SVG. The last run of each input,
-model and prompt counts; hardware and commit stand in the title. Needs matplotlib.
+Reads generate.csv, acceptance_curve.csv and pass_times.csv where they are in DIR (default benchmarks/results)
+and writes latency_DEVICE, acceptance_curve_DEVICE and pass_times_DEVICE as PNG and SVG. The last run of each
+input, model and prompt counts; hardware and commit stand in the title. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read(path: Path, device: str) -> Runs:
         if (row["gpu"] != "none") != (device == "gpu"):
             continue
         kind = row["input"] if row["input"] == "miniature" else f"{row['input']}, {row['model']}"
-        title = f"{kind}, prompt of {int(row['prompt_tokens']):,} tokens, {row['dtype']}"
+        title = f"{kind}, prompt of {int(row['prompt_tokens']):,} tokens, {row['dtype']}, {row['clock']} time"
         there = runs.get(title)
         if there is None or there[0]["date"] != row["date"]:
             runs[title] = []
@@ -130,7 +130,7 @@ def pass_times(runs: Runs) -> Any:
     return figure
 
 
-PLOTS = {"generate": ("latency", latency), "acceptance": ("acceptance", acceptance)}
+PLOTS = {"generate": ("latency", latency), "acceptance_curve": ("acceptance_curve", acceptance)}
 PLOTS["pass_times"] = ("pass_times", pass_times)
 
 

@@ -169,7 +169,7 @@ def test_acceptance_curve_puts_the_published_figure_beside(
     assert row["published"] == 2.67 and row["published_cached"]
     assert row["expected"] == pytest.approx((1 - 0.9**17) / 0.1, abs=1e-3)
     assert 1.5 < row["tokens_per_pass"] <= 12
-    (written,) = csv.DictReader((tmp_path / "acceptance.csv").open())
+    (written,) = csv.DictReader((tmp_path / "acceptance_curve.csv").open())
     assert written["input"] == "simulated" and written["acceptance"] == "0.9"
     assert bench.Point(1.0, 4).expected == 5 and bench.Point(0.0, 4).expected == 1
 
