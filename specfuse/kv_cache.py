@@ -77,7 +77,8 @@ class TreeCacheLayer(CacheLayerMixin):
         copies, strides = [], []
         for states, buffer in zip(new, (self.keys, self.values), strict=True):
             b, g, s, d = states.stride()
-            if (d != 1 and dim > 1) or states.shape[3] != dim or states.dtype is not buffer.dtype:
+            odd = (d != 1 and dim > 1) or states.shape != key_states.shape
+            if odd or states.dtype is not buffer.dtype:
                 return False
             copies.append((states.data_ptr(), buffer.data_ptr()))
             size = states.element_size()

@@ -66,7 +66,7 @@ def node_positions(
     tree: TokenTree, roots: Tensor, largest: int | None = None, out: Tensor | None = None
 ) -> Tensor:
     """``[B, N]`` int64 position ids: the roots' ``[B]`` plus depth, none above ``largest``."""
-    if not is_plain(tree) or not roots.is_cpu:
+    if not is_plain(tree) or not roots.is_cpu or roots.shape != tree.num_nodes.shape:
         positions = tree.positions(roots)
         positions = positions if largest is None else positions.clamp(max=largest)
         return positions if out is None else out.copy_(positions)

@@ -45,6 +45,16 @@ def test_positions_and_bits_are_those_of_the_tree(width):
         assert torch.equal(tree_layout.ancestor_bits(tree), pack_bits(tree.ancestor_mask()))
 
 
+@built
+def test_roots_of_other_rows_do_not_reach_native_code():
+    tree = random_trees(0, batch=3)
+    assert torch.equal(
+        tree_layout.node_positions(tree, torch.tensor([4])), tree.positions(torch.tensor([4, 4, 4]))
+    )
+    with pytest.raises(RuntimeError):
+        tree_layout.node_positions(tree, torch.tensor([4, 5]))
+
+
 SOUND = ([[5, 6, 7, 8]], [[-1, 0, 0, 1]])
 FAULTS = {
     "root with a parent": ([[5, 6, 7, 8]], [[0, 0, 0, 1]]),
