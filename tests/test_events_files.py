@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import zipfile
 from pathlib import Path
@@ -120,6 +121,9 @@ def columns_with(**changed: Any) -> dict[str, Any]:
         ({"y": [0, 70_000, 1]}, r"y\[1\] is 70000: must be a whole number that fits uint16"),
         ({"width": 8.5, "height": 3}, "width and height must each be one whole number"),
         ({"x": [0, 1, 9], "width": 8, "height": 3}, r"x\[2\] is 9, outside the sensor: width is 8"),
+        ({"x": [[0], [1], [2]]}, r"x must be one-dimensional, got shape \(3, 1\)"),
+        ({name: 1 for name in "xytp"}, r"x must be one-dimensional, got shape \(\)"),
+        ({"t": np.array([1, 2**63, 2**64 - 1], np.uint64)}, "a time of 18446744073709551615 us does not fit"),
         ({"x": [None, {}, 3]}, "x is no readable array: Python objects are not read"),
     ],
 )
@@ -154,6 +158,14 @@ def test_an_archive_that_lies_about_sizes(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(data.replace(b"'shape': (3,)", b"'shape': (9,)"))
     with pytest.raises(ValueError, match="x is no readable array: truncated: 9 of int64 do not fit"):
         load(tmp_path / "a.npz")
+    huge = io.BytesIO()
+    np.lib.format.write_array_header_1_0(huge, {"descr": "<i8", "fortran_order": False, "shape": (10**15,)})
+    (tmp_path / "c.npy").write_bytes(huge.getvalue())
+    with zipfile.ZipFile(tmp_path / "c.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", huge.getvalue())
+    for name in ("c.npy", "c.npz"):
+        with pytest.raises(ValueError, match=f"truncated: {10**15} of int64 do not fit"):
+            load(tmp_path / name)
     with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
         archive.writestr("x.npy", b"no array")
     with pytest.raises(ValueError, match="x is no readable array"):

@@ -189,7 +189,8 @@ U1 = DTYPE + b"X\x02\x00\x00\x00u1\x89\x88\x87R"
         (pickled_array(columns(p=[1, 0])), "p is not an array"),
         (pickled_array(columns(p=np.array([None]))), "neither of plain numbers nor one object"),
         (pickled_array(columns(t=np.zeros(3, [("a", "u1")]))), "which is no plain number"),
-        (pickled_array(columns(x=np.zeros((4, 5)))), "must be equally long"),
+        (pickled_array(columns(x=np.zeros((4, 5)))), r"npy: x must be one-dimensional, got shape \(4, 5\)"),
+        (pickled_array(columns(x=np.zeros(9))), "must be equally long"),
     ],
 )
 def test_damaged_and_strange_pickles(tmp_path: Path, data: bytes, message: str) -> None:

@@ -5,6 +5,7 @@ What ``numpy.savez`` wrote is not compressed: such arrays are mapped into memory
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import zipfile
@@ -83,6 +84,8 @@ def _members(path: str, wanted: set[str]) -> dict[str, np.ndarray]:
                     found[name] = _mapped(path, file, member)
                 else:
                     with archive.open(member) as stream:
+                        check_bytes(stream, member.file_size)
+                    with archive.open(member) as stream:
                         found[name] = np.lib.format.read_array(stream, allow_pickle=False)
             except ValueError as error:
                 raise ValueError(f"{path}: {name} is no readable array: {error}") from None
@@ -96,16 +99,29 @@ def _mapped(path: str, file: IO[bytes], member: zipfile.ZipInfo) -> np.ndarray:
     name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
     begin = member.header_offset + 30 + name_bytes + extra_bytes
     file.seek(begin)
-    shape, fortran, dtype = read_header(file)
-    offset = file.tell()
-    if dtype.hasobject:
-        raise ValueError("Python objects are not read")
-    count = int(np.prod(shape, dtype=np.int64))
-    if offset - begin + count * dtype.itemsize != member.file_size:
-        raise ValueError(f"truncated: {count} of {dtype} do not fit its {member.file_size} bytes")
+    shape, fortran, dtype = check_bytes(file, member.file_size)
+    offset, count = file.tell(), math.prod(shape)
     if not count or not shape:
         return np.frombuffer(file.read(count * dtype.itemsize), dtype).reshape(shape)
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+def check_bytes(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """The header, as :func:`read_header`, of a file's next ``size`` bytes if they are what it announces.
+
+    NumPy takes the memory that a header asks for before it looks how much data there is.
+
+    Raises:
+        ValueError: Python objects, or another number of bytes.
+    """
+    begin = file.tell()
+    shape, fortran, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("Python objects are not read")
+    count = math.prod(shape)
+    if file.tell() - begin + count * dtype.itemsize != size:
+        raise ValueError(f"truncated: {count} of {dtype} do not fit its {size} bytes")
+    return shape, fortran, dtype
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

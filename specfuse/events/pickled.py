@@ -9,6 +9,7 @@ its bytes themselves; no function of NumPy or of anything else can be reached fr
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import pickletools
 import re
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from specfuse.events.npz import read_header
+from specfuse.events.npz import check_bytes, read_header
 from specfuse.events.source import EventFile
 
 # What a dictionary of arrays needs, in the protocols 3 and 4 that NumPy writes.
@@ -41,6 +42,8 @@ def open_npy(path: str) -> EventFile:
             shape, _, dtype = read_header(file)
             if not dtype.hasobject:
                 file.seek(0)
+                check_bytes(file, os.fstat(file.fileno()).st_size)
+                file.seek(0)
                 columns: Any = np.lib.format.read_array(file, allow_pickle=False)
             elif shape == ():
                 columns = unpickle(file.read())
@@ -53,9 +56,9 @@ def open_npy(path: str) -> EventFile:
             raise ValueError(f"arrays x, y, t and p are needed; {', '.join(missing)} missing")
         if wrong := [name for name in "xytp" if not isinstance(columns[name], np.ndarray)]:
             raise ValueError(f"{wrong[0]} is not an array")
-        return EventFile(path, "npy", {name: np.atleast_1d(columns[name]) for name in "xytp"})
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as events: {error}") from None
+    return EventFile(path, "npy", {name: np.atleast_1d(columns[name]) for name in "xytp"})
 
 
 def unpickle(data: bytes) -> Any:

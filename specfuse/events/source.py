@@ -40,6 +40,9 @@ class EventFile:
     release: Callable[[], object] = field(default=lambda: None, repr=False)
 
     def __post_init__(self) -> None:
+        for name, column in self.columns.items():
+            if isinstance(column, np.ndarray) and column.ndim != 1:
+                raise ValueError(f"{self.path}: {name} must be one-dimensional, got shape {column.shape}")
         lengths = {name: len(column) for name, column in self.columns.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{self.path}: x, y, t and p must be equally long, got {lengths}")
@@ -114,6 +117,7 @@ class EventFile:
         if self.offset_us or t.dtype != np.int64:
             if t.dtype.kind == "f":
                 _refuse_fractions(t, self.path)
+            _refuse_overflow(t, self.offset_us, self.path)
             t = t.astype(np.int64) + self.offset_us
         try:
             return EventStream(x, y, t, p, self.sensor[1], self.sensor[0])
@@ -165,3 +169,10 @@ def _refuse_fractions(t: np.ndarray, path: str) -> None:
         raise ValueError(
             f"{path}: t[{i}] is {t[i]}: must be a whole number of microseconds (are these seconds?)"
         )
+
+
+def _refuse_overflow(t: np.ndarray, offset_us: int, path: str) -> None:
+    # The ends alone: a middle that wraps around makes time go back, which is refused anyway.
+    for time in (int(t[0]) + offset_us, int(t[-1]) + offset_us) if len(t) else (offset_us,):
+        if not -(2**63) <= time < 2**63:
+            raise ValueError(f"{path}: a time of {time} us does not fit 64 bits")
