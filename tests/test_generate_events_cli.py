@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cli import clip as clip
@@ -14,6 +16,7 @@ from specfuse.cli.main import run
 from specfuse.data import miniature
 from specfuse.data.world import events
 from specfuse.events import save
+from specfuse.models.checkpoint import load_draft_model
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,31 @@ def test_events_and_their_drafter_belong_together(
     (tmp_path / "broken.npz").write_bytes(recording.read_bytes()[:200])
     line = refused(capsys, *generate(tiny_directory, clip, *more, tmp_path / "broken.npz"))
     assert "broken.npz" in line
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["pipeline"]}, "weights can not be loaded"),
+        ({"architectures": [5]}, "architectures must be a list of names, got [5]"),
+        ({"auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}, "contains custom code"),
+    ],
+)
+def test_what_a_config_names_is_not_run(
+    config: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # as if asked, and somebody said yes
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    kind = "llama" if "architectures" in config else "own"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind} | config))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_draft_model(tmp_path)
+    assert not ran.exists() and not capsys.readouterr().out
 
 
 def test_a_draft_model_with_another_tokenizer(

@@ -50,7 +50,7 @@ def load_video_llava(
         raise ValueError(f"{directory} holds a {model_type!r} model, not a 'video_llava' one")
     model = _weights(VideoLlavaForConditionalGeneration, directory, dtype)
     with _explained(directory, "processor files"):
-        processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if type(processor).__name__ != "VideoLlavaProcessor":
         raise ValueError(f"{directory} has no VideoLlavaProcessor files, only a {type(processor).__name__}")
     return model.to(device).eval(), processor
@@ -73,8 +73,12 @@ def load_draft_model(
     if config.get("model_type") == "eventgpt":
         raise ValueError(f"{directory} holds an EventGPT: it drafts from events, with specfuse.EventDrafter")
     names = config.get("architectures") or []
-    model_class = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
-    if model_class is None or not model_class.can_generate():
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{directory}: architectures must be a list of names, got {names!r}")
+    model_class: Any = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    # The name comes from a file: it may be that of any other thing in transformers.
+    known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not known or not model_class.can_generate():
         model_class = transformers.AutoModelForCausalLM
     return _weights(model_class, directory, dtype).to(device).eval()
 
@@ -112,7 +116,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerFast
 
     read_config(directory)
     with _explained(directory, "tokenizer files"):
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -140,8 +144,9 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _weights(model_class: Any, directory: str | os.PathLike[str], dtype: torch.dtype | str) -> Any:
     with _explained(directory, "weights"):
+        # Not given, transformers asks at the terminal whether a directory's own code may run.
         model, info = model_class.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False
         )
     # from_pretrained draws missing weights at random and only warns: the answers would be noise.
     if missing := sorted(info["missing_keys"]):
