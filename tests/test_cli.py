@@ -295,6 +295,8 @@ def test_wrong_model_directory(
         (["--device", "cuda:99"], "--device"),
         (["--drafter", "nonsense"], "--drafter"),
         (["--temperature", "-1"], "--temperature"),
+        (["--max-disagreement", "0.3"], "--max-disagreement belongs to --accept cosine:DIR, not to 'exact'"),
+        (["--accept", "typical", "--max-disagreement", "0.3"], "not to 'typical'"),
         (["--drafter", "lookup", "--corpus", "x"], "--corpus"),
         (["--question", "what is <video>?"], "--question"),
         (["--max-new-tokens", "none"], "--max-new-tokens"),

@@ -249,6 +249,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["train", "adapter", "--out", "X", "--target", "T"], "either --pairs FILE or"),
         (["train", "adapter", "--out", "X", "--target", "T", "--pairs", "P"], "either --pairs FILE or"),
         (["train", "adapter", "--out", "X", "--pairs", "P", "--features", "pooled"], "--features says what"),
+        (
+            [*("train", "adapter", "--out", "X", "--features", "foo", "--preset", "micro")]
+            + ["--target", "tiny-video-llava", "--drafter", "tiny-eventgpt"],
+            "features must be one of",
+        ),
         (["train", "adapter", "--kind", "K", "--out", "X"], "kind must be one of linear"),
         (["train", "head", "--out", "X", "--seed", "-1"], "--seed must be 0 or above, got -1"),
         (["train", "adapter", "--out", "X", "--minutes", "0"], "minutes must be above 0, got 0.0"),

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -51,6 +52,11 @@ def model_directory(name: str | os.PathLike[str]) -> str:
     if not os.path.exists(name) and str(name) in miniature.NAMES:
         return str(miniature.directory(str(name)))
     return str(name)
+
+
+def shipped_or_given(path: Path | None) -> Path | None:
+    """:func:`model_directory` of an option that may be left out."""
+    return None if path is None else Path(model_directory(path))
 
 
 def load_head(option: str, directory: str | os.PathLike[str], target: Any) -> Any:

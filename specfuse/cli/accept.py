@@ -8,7 +8,7 @@ from typing import Any
 from specfuse.cli import UserError
 
 
-def parse_accept(text: str, max_disagreement: float, target: Any, tokenizer: Any) -> Any:
+def parse_accept(text: str, max_disagreement: float | None, target: Any, tokenizer: Any) -> Any:
     """The rule that ``--accept`` names.
 
     Raises:
@@ -24,7 +24,8 @@ def parse_accept(text: str, max_disagreement: float, target: Any, tokenizer: Any
         return SemanticAcceptance(tokenizer, default_embedding())
     name, _, directory = text.partition(":")
     if name == "cosine" and directory:
-        return CosineAcceptance.from_pretrained(directory, max_disagreement=max_disagreement)
+        bound = {} if max_disagreement is None else {"max_disagreement": max_disagreement}
+        return CosineAcceptance.from_pretrained(directory, **bound)
     if name == "cosine":
         raise UserError(
             "--accept cosine needs a calibration (specfuse align calibrate makes one): --accept cosine:DIR"

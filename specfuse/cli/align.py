@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from specfuse.cli import UserError, pick_device, print_json
+from specfuse.cli import UserError, pick_device, print_json, shipped_or_given
 from specfuse.cli.train import default_cache, progress
 
 
@@ -39,6 +39,8 @@ def align(
     # Before everything is measured, not after it.
     if png is not None and (png.is_dir() or not png.parent.is_dir()):
         raise UserError(f"--png must be a file in an existing directory, got {str(png)!r}")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"--out must be a directory, got the file {str(out)!r}")
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # an error is one line alone
@@ -68,7 +70,14 @@ def align(
     chosen = features or trained_features(adapter)
     with progress() as bars:
         found = open_pairs(
-            pairs, target, drafter, chosen, find(preset), cache or default_cache(), device, bars
+            pairs,
+            shipped_or_given(target),
+            shipped_or_given(drafter),
+            chosen,
+            find(preset),
+            cache or default_cache(),
+            device,
+            bars,
         )
         bars("report", 0.0, f"{int(found.held_out.sum()):,} held-out samples")
         figures = align_report(made, found)

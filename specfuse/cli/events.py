@@ -26,6 +26,7 @@ FORMAT = typer.Option(None, help="npz, hdf5, evt2, evt3, dat or npy; recognised 
 START = typer.Option(None, help="First microsecond of the slice, on the file's clock.")
 END = typer.Option(None, help="Microsecond before which the slice ends.")
 SENSOR = typer.Option(None, help="Size of the sensor as WIDTHxHEIGHT, where the file does not tell.")
+MOST_PIXELS = 16384  # a side; far beyond any sensor, and a picture still fits into memory
 BUSY_US = 10_000  # of `info`: the busiest stretch of this length
 
 
@@ -73,6 +74,8 @@ def render(
         height, width = int(stream.y.max()) + 1, int(stream.x.max()) + 1
         if canvas[0] < height or canvas[1] < width:
             raise UserError(f"--size must be at least {width}x{height} for these events, got {size!r}")
+    if len(stream) < images:
+        raise UserError(f"--images must be at most the {len(stream):,} events there are, got {images:,}")
     pictures = render_eventgpt(stream, images, canvas)
     out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
@@ -133,6 +136,10 @@ def simulate(
         raise UserError(f"--seed must be 0 or above, got {seed}")
     model = Sensor() if threshold is None else Sensor(threshold_on=threshold, threshold_off=threshold)
     pixels = _pixels("--size", size)
+    if seconds is not None and source.isdecimal():
+        raise UserError(
+            f"--seconds belongs to a video; a clip of the driving world is whole, got {seconds:g}"
+        )
     with _readable(), working("simulating"):
         if source.isdecimal():
             stream = _world(int(source), pixels, rate, model)
@@ -146,6 +153,12 @@ def _check_out(name: str, out: Path) -> None:
     # Before the work is done, not after it.
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{name} must be a file in an existing directory, got {str(out)!r}")
+    from specfuse.events.files import SUFFIXES
+
+    if out.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"{name}: events are written as npz or hdf5 ({', '.join(SUFFIXES)}), got {str(out)!r}"
+        )
 
 
 def _world(index: int, pixels: tuple[int, int] | None, rate: int, sensor: Any) -> EventStream:
@@ -230,7 +243,10 @@ def _pixels(option: str, text: str | None) -> tuple[int, int] | None:
         return None
     if not (found := re.fullmatch(r"([1-9]\d{0,4})[xX]([1-9]\d{0,4})", text)):
         raise UserError(f"{option} must be WIDTHxHEIGHT, such as 640x480, got {text!r}")
-    return int(found[2]), int(found[1])
+    width, height = int(found[1]), int(found[2])
+    if max(width, height) > MOST_PIXELS:
+        raise UserError(f"{option} must be at most {MOST_PIXELS}x{MOST_PIXELS}, got {text!r}")
+    return height, width
 
 
 @contextmanager

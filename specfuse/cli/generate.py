@@ -41,8 +41,8 @@ def generate(
         "exact",
         help="exact, or a lossy rule: typical, semantic, or cosine:DIR (specfuse align calibrate).",
     ),
-    max_disagreement: float = typer.Option(
-        0.1, help="--accept cosine: how many of the drafts it trusts may disagree, by estimate."
+    max_disagreement: float | None = typer.Option(
+        None, help="--accept cosine:DIR: share of the drafts it trusts that may disagree; 0.1 if not given."
     ),
     max_new_tokens: int = typer.Option(128, help="Longest answer, in tokens.", min=1),
     frames: int = typer.Option(8, help="Frames taken, spread evenly over the video.", min=1),
@@ -63,6 +63,8 @@ def generate(
     _check_events(drafter, events)
     if accept != "exact" and compare:
         raise UserError("--compare checks that tokens are equal; --accept makes them differ")
+    if max_disagreement is not None and not accept.startswith("cosine"):
+        raise UserError(f"--max-disagreement belongs to --accept cosine:DIR, not to {accept!r}")
     max_nodes = parse_nodes(nodes)
     stream = None
     if events is not None:

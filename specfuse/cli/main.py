@@ -102,12 +102,17 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get("SPECFUSE_DEBUG"):
             raise
         return _fail(_one_line(error), 2)
+    except MemoryError as error:
+        return _fail(f"not enough memory: {_one_line(error)}", 2)
     except Exception as error:
         # Usage errors of typer and of click have no public base class; this method is what they share.
         message: Callable[[], str] | None = getattr(error, "format_message", None)
         if message is None:
             raise
-        return _fail(_with_value(" ".join(message().split()), arguments), getattr(error, "exit_code", 2))
+        code = getattr(error, "exit_code", 2)
+        text = " ".join(message().split())
+        # Without text, the help of a command without arguments has been shown.
+        return _fail(_with_value(text, arguments), code) if text else code
 
 
 def _with_value(message: str, arguments: Sequence[str]) -> str:

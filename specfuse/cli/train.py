@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from specfuse.cli import UserError, pick_device, print_json
+from specfuse.cli import UserError, pick_device, print_json, shipped_or_given
 
 if TYPE_CHECKING:
     from specfuse.train.presets import Preset
@@ -244,13 +244,13 @@ def train(
         seed=seed,
         resume=resume,
         device=str(pick_device(device)),
-        target=target,
-        drafter=drafter,
+        target=shipped_or_given(target),
+        drafter=shipped_or_given(drafter),
         pairs=pairs,
         kind=kind,
         features=features,
         loss=loss,
-        events=events,
+        events=shipped_or_given(events),
     )
     _refuse_unused(model, request)
     logging.set_verbosity_error()  # an error is one line alone
