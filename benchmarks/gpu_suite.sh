@@ -171,14 +171,14 @@ for candidate in "${SPECFUSE_TRACE:-}" {"${SPECFUSE_SHARED_DATA:-}",shared/data,
 done
 generate=("$PYTHON" benchmarks/bench_generate.py --device cuda --csv "$out")
 section "generate miniature" 120 "${generate[@]}" --clips 2 --rounds 2 --nodes 16,auto
-replay=(--trace "$recording" --rounds 2 --questions 8 --nodes "16,auto,32")
-section "generate 1b 2091" 240 "${generate[@]}" "${replay[@]}" --size 1b --prompt 2091
-section "generate 7b 2091" 300 "${generate[@]}" "${replay[@]}" --size 7b --prompt 2091
-section "generate 7b 4643" 300 "${generate[@]}" "${replay[@]}" --size 7b --prompt 4643
-section "generate 7b unpredictable" 150 "${generate[@]}" --input unpredictable --size 7b --prompt 2091 --rounds 2 \
+replay=(--trace "$recording" --rounds 1 --nodes "16,auto,32")
+section "generate 1b 2091" 240 "${generate[@]}" "${replay[@]}" --questions 12 --size 1b --prompt 2091
+section "generate 7b 2091" 300 "${generate[@]}" "${replay[@]}" --questions 6 --size 7b --prompt 2091
+section "generate 7b 4643" 300 "${generate[@]}" "${replay[@]}" --questions 4 --size 7b --prompt 4643
+section "generate 7b unpredictable" 150 "${generate[@]}" --input unpredictable --size 7b --prompt 2091 --rounds 1 \
   --questions 4 --nodes auto --only specfuse --no-pass-times
 section "acceptance 7b" 240 "$PYTHON" benchmarks/bench_acceptance_curve.py --device cuda --csv "$out" --size 7b \
-  --prompt 2091 --answers 2 --rounds 2
+  --prompt 2091 --answers 2 --rounds 1
 if "$PYTHON" -c 'import matplotlib' 2>/dev/null; then
   mapfile -t tables < <(for op in "${ops[@]}"; do [[ -e $out/$op.csv ]] && echo "$out/$op.csv"; done)
   ((${#tables[@]})) && section plot 30 "$PYTHON" benchmarks/plot.py "${tables[@]}" --out "$out"

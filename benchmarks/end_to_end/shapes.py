@@ -29,9 +29,8 @@ class Shape:
 
 CLIP_LARGE = (1024, 24)
 SHAPES = {
-    # The towers of the CPU's shapes are small: what is looked at is decoding.
+    # Its tower is small: what is looked at on a CPU is decoding.
     "tiny": Shape(512, 1376, 8, 8, 8, 64, 2),
-    "thin": Shape(256, 688, 16, 8, 8, 64, 2),
     "1b": Shape(2048, 5504, 22, 32, 4, *CLIP_LARGE),
     "7b": Shape(4096, 11008, 32, 32, 32, *CLIP_LARGE),
 }
