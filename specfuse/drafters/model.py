@@ -125,7 +125,7 @@ class ModelDrafter(Drafter):
         accepted = inspect.signature(self.model.forward).parameters
         own = (state.draft_inputs if state.draft_inputs is not None else self.inputs) or {}
         if "input_ids" in own:
-            return {name: value for name, value in own.items() if not name.startswith(_EVENTS)}
+            return {n: value for n, value in own.items() if n in accepted or not n.startswith(_EVENTS)}
         if unknown := sorted(name for name in own if not name.startswith((*_EVENTS, "pixel_values"))):
             raise ValueError(f"draft_inputs must hold input_ids or pixels, got {unknown}")
         takes_pixels = any(name.startswith("pixel_values") for name in accepted)
