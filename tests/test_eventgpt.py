@@ -232,6 +232,14 @@ def test_a_stream_is_its_pictures(processor: EventGptProcessor, stream: EventStr
     torch.testing.assert_close(by_stream["pixel_values_events"][0], wanted.movedim(-1, 1), atol=1e-5, rtol=0)
 
 
+def test_a_picture_of_three_rows_is_no_picture_of_three_channels(processor: EventGptProcessor) -> None:
+    picture = np.arange(3 * 20 * 3, dtype=np.uint8).reshape(3, 20, 3)
+    found = processor(event_images=[picture] * 3)["pixel_values_events"]
+    first = {"input_data_format": "channels_first", "return_tensors": "pt"}
+    expected = processor.image_processor([picture.transpose(2, 0, 1)], **first)["pixel_values"]
+    assert torch.equal(found[0, 0], expected[0])
+
+
 def test_the_prompt_has_room_for_the_features(processor: EventGptProcessor, stream: EventStream) -> None:
     texts = [f"USER: <event>\n{question} ASSISTANT:" for question in ("Why?", "What is the weather like?")]
     inputs = processor(text=texts, events=[stream, stream])
@@ -282,6 +290,8 @@ def test_processor_save_and_load(processor: EventGptProcessor, stream: EventStre
 def test_inputs_that_make_no_sense(processor: EventGptProcessor, stream: EventStream) -> None:
     with pytest.raises(ValueError, match="text has 1 <event> for 0 streams"):
         processor(text=processor.prompt("Why?"))
+    with pytest.raises(ValueError, match=r"events must be EventStreams .*, got 'c'"):
+        processor(text=processor.prompt("What?"), events="clip.npz")
     with pytest.raises(ValueError, match="not both"):
         processor(events=stream, event_images=render_eventgpt(stream, PICTURES))
     with pytest.raises(ValueError, match=r"event_images must be 3 for each stream, got \[4\]"):

@@ -109,6 +109,9 @@ class EventGptProcessor(ProcessorMixin):
         """``[S, n, 3, H, W]`` float32, normalised; arguments as for a call."""
         if events is not None:
             streams = [events] if isinstance(events, EventStream) else list(events)
+            for stream in streams:
+                if not isinstance(stream, EventStream):
+                    raise ValueError(f"events must be EventStreams (specfuse.events.load), got {stream!r}")
             event_images = [render_eventgpt(s, self.num_event_images, event_size) for s in streams]
         elif np.ndim(event_images[0]) == 3:
             event_images = [event_images]
@@ -116,7 +119,9 @@ class EventGptProcessor(ProcessorMixin):
             counts = [len(pictures) for pictures in event_images]
             raise ValueError(f"event_images must be {self.num_event_images} for each stream, got {counts}")
         flat = [picture for pictures in event_images for picture in pictures]
-        pixels = self.image_processor(flat, return_tensors="pt")["pixel_values"]
+        pixels = self.image_processor(flat, return_tensors="pt", input_data_format="channels_last")[
+            "pixel_values"
+        ]
         return pixels.unflatten(0, (len(event_images), self.num_event_images))
 
     def _tokens(self, texts: list[str], streams: int, options: dict[str, Any]) -> dict[str, Any]:
