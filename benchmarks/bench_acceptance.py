@@ -35,6 +35,7 @@ from specfuse.acceptance import (
     TokenEmbedding,
     TypicalAcceptance,
 )
+from specfuse.acceptance.agreement import token_agreement
 from specfuse.calibrate import LONGEST, Asked, held_out_clips, world_questions
 from specfuse.cli.train import default_cache
 from specfuse.data import miniature
@@ -50,16 +51,6 @@ FIGURES = (
     *("tokens_per_pass", "same_answers", "token_agreement", "overruled", "facts_right", "facts_changed"),
     *("trusted", "estimated", "measured"),
 )
-
-
-def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
-    """Insertions, deletions and substitutions between two token lists."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        above, row = row, [i]
-        for j, y in enumerate(b, start=1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
-    return row[-1]
 
 
 def rules(model: Any, processor: Any, calibration: Path) -> dict[str, AcceptanceRule | str]:
@@ -107,7 +98,7 @@ def figures(
     """The columns of one row."""
     texts, exact = ([tokenizer.decode(a, skip_special_tokens=True) for a in x] for x in (said, lossless))
     facts = [i for i, each in enumerate(asked) if each.question.factual]
-    alike = [1 - edit_distance(a, b) / max(len(a), len(b), 1) for a, b in zip(said, lossless, strict=True)]
+    alike = [token_agreement(a, b) for a, b in zip(said, lossless, strict=True)]
 
     def read(i: int, of: list[str]) -> str | None:
         return read_answer(asked[i].question.kind, of[i])

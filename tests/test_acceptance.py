@@ -11,6 +11,7 @@ from tiny_models import EOS, random_prompts, tiny_llama
 
 import specfuse
 from specfuse.acceptance import AcceptanceRule, Judgement, TypicalAcceptance
+from specfuse.acceptance.agreement import token_agreement
 from specfuse.drafters import Drafter
 from specfuse.tree import TokenTree
 
@@ -196,3 +197,19 @@ def test_logits_that_hold_nan_are_an_error_under_a_rule_too():
         model.lm_head.weight[7] = float("nan")
     with pytest.raises(FloatingPointError, match="row 0"):
         answers(model, Fixed([50, 51]), accept=Always(), **random_prompts(model, 1))
+
+
+@pytest.mark.parametrize(
+    ("said", "lossless", "agreement"),
+    [
+        ([1, 2, 3, 4], [1, 2, 3, 4], 1.0),
+        ([1, 9, 3, 4], [1, 2, 3, 4], 0.75),
+        ([1, 3, 4], [1, 2, 3, 4], 0.75),
+        ([0, 1, 2, 3], [1, 2, 3, 4], 0.5),
+        ([5, 6], [1, 2, 3, 4], 0.0),
+        ([], [1], 0.0),
+        ([], [], 1.0),
+    ],
+)
+def test_token_agreement(said: list[int], lossless: list[int], agreement: float) -> None:
+    assert token_agreement(said, lossless) == token_agreement(lossless, said) == agreement

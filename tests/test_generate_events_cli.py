@@ -12,6 +12,7 @@ from test_cli import clip as clip
 from test_cli import generate, refused
 from vocabulary_cases import parrot, tokenizer
 
+from specfuse.acceptance.agreement import token_agreement
 from specfuse.cli.main import run
 from specfuse.data import miniature
 from specfuse.data.world import events
@@ -47,6 +48,23 @@ def test_sampled(clip: Path, recording: Path, capsys: pytest.CaptureFixture[str]
     line += ["--max-new-tokens", 12, "--drafter", "tiny-eventgpt", "--events", recording]
     assert run([str(part) for part in line]) == 0
     assert json.loads(capsys.readouterr().out)["compare"]["tokens_equal"]
+
+
+def test_a_lossy_answer_beside_the_lossless_one(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = generate(
+        Path("tiny-video-llava"), clip, "--drafter", "tiny-head", "--max-new-tokens", 60, "--json"
+    )
+
+    def report(*more: str) -> dict[str, Any]:
+        assert run([str(part) for part in [*line, *more]]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    exact, lossy = report(), report("--accept", "typical", "--compare")
+    compared = lossy["compare"]
+    assert lossy["acceptance"]["lossless"] is False and lossy["token_ids"] != exact["token_ids"]
+    assert compared["lossless_answer"] == exact["answer"]
+    assert compared["token_agreement"] == token_agreement(lossy["token_ids"], exact["token_ids"]) < 1
+    assert compared["tokens_per_pass_gained"] == lossy["tokens_per_pass"] / exact["tokens_per_pass"] - 1
 
 
 def test_events_and_their_drafter_belong_together(

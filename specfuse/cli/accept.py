@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from specfuse.acceptance.agreement import token_agreement
 from specfuse.cli import UserError
 
 
@@ -41,3 +42,24 @@ def lossy_line(acceptance: Mapping[str, Any]) -> str:
         f"LOSSY: {acceptance['overruled']} of {acceptance['tokens']} tokens are not what the model chose "
         f"(rule {acceptance['rule']}; agreement {acceptance['measured_agreement']:.1%})."
     )
+
+
+def compare_with_exact(report: Mapping[str, Any], exact: Mapping[str, Any]) -> dict[str, Any]:
+    """What one lossy answer cost and gained beside the lossless one by the same drafter."""
+    return {
+        "token_agreement": token_agreement(report["token_ids"], exact["token_ids"]),
+        "lossless_answer": exact["answer"],
+        "lossless_tokens_per_pass": exact["tokens_per_pass"],
+        "tokens_per_pass_gained": report["tokens_per_pass"] / exact["tokens_per_pass"] - 1,
+        "compared_with": "the lossless answer, same drafter and seed",
+    }
+
+
+def cost_lines(compared: Mapping[str, Any]) -> list[str]:
+    """The comparison with the lossless answer as text."""
+    exact = compared["lossless_tokens_per_pass"]
+    return [
+        f"lossless answer: {compared['lossless_answer']}",
+        f"token agreement with it {compared['token_agreement']:.1%} (1 - edit distance / length); "
+        f"{compared['tokens_per_pass_gained']:+.1%} tokens per pass, from {exact:.2f}",
+    ]

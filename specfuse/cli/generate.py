@@ -53,7 +53,10 @@ def generate(
     ),
     device: str = typer.Option("auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."),
     compare: bool = typer.Option(
-        False, "--compare", help="Also run model.generate; compare tokens and time."
+        False,
+        "--compare",
+        help="Also run model.generate; compare tokens and time. With a lossy --accept: compare with the "
+        "lossless answer.",
     ),
     repeats: int = typer.Option(5, help="Timed repeats of --compare.", min=1),
     json: bool = typer.Option(False, "--json", help="Print JSON, alone on stdout."),
@@ -61,8 +64,6 @@ def generate(
     """Answer a question about a video with exactly the tokens of model.generate, in fewer passes."""
     _check(dtype, question, drafter, corpus)
     _check_events(drafter, events)
-    if accept != "exact" and compare:
-        raise UserError("--compare checks that tokens are equal; --accept makes them differ")
     if max_disagreement is not None and not accept.startswith("cosine"):
         raise UserError(f"--max-disagreement belongs to --accept cosine:DIR, not to {accept!r}")
     max_nodes = parse_nodes(nodes)
@@ -94,7 +95,12 @@ def generate(
     report = _answer(processor, inputs, functools.partial(speculate, used), stream=not json)
     report.update(drafter=drafter, nodes=max_nodes, device=str(target.device), dtype=str(target.dtype)[6:])
     report["random_weights"] = getattr(target.config, "random_weights_seed", None) is not None
-    if compare:
+    if compare and accept != "exact":
+        from specfuse.cli.accept import compare_with_exact
+
+        lossless = functools.partial(speculate, make_drafter(), accept="exact")
+        report["compare"] = compare_with_exact(report, _answer(processor, inputs, lossless, stream=False))
+    elif compare:
         from specfuse.cli.compare import compare_with_plain
 
         report["compare"] = compare_with_plain(
@@ -111,7 +117,7 @@ def generate(
         print_json(report)
     else:
         _print_summary(report)
-    return 0 if not compare or report["compare"]["tokens_equal"] else 1
+    return 0 if not compare or report["compare"].get("tokens_equal", True) else 1
 
 
 def _check(dtype: str, question: str, drafter: str, corpus: Path | None) -> None:
@@ -281,7 +287,11 @@ def _print_summary(report: dict[str, Any]) -> None:
         from specfuse.cli.accept import lossy_line
 
         print(lossy_line(report["acceptance"]))
-    if "compare" in report:
+    if "lossless_answer" in report.get("compare", {}):
+        from specfuse.cli.accept import cost_lines
+
+        print("\n".join(cost_lines(report["compare"])))
+    elif "compare" in report:
         from specfuse.cli.compare import comparison_lines
 
         print("\n".join(comparison_lines(report)))
