@@ -97,7 +97,9 @@ class Runs:
         return setattr, (Runs, "ran", True)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", pickle.dumps(Runs())], ids=range(5))
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 200_000, pickle.dumps(Runs())], ids=range(6)
+)
 def test_other_files_are_refused_and_nothing_in_them_runs(tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(ValueError, match="is no calibration or is broken"):

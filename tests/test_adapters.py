@@ -30,6 +30,7 @@ from specfuse.adapters import (
     kind_of,
     load_adapter,
 )
+from specfuse.models.checkpoint import read_config
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -182,7 +183,7 @@ def test_compression_drafter_reads_states_and_text_in_order() -> None:
     assert not torch.allclose(adapter(states, (tokens + 1) % V)[0], logits[0])
     # Slots do not see later slots: what is predicted next does not depend on how far is looked ahead.
     with torch.no_grad():
-        adapter.slots.weight[3:] += 1
+        adapter.slots.weight[3:, 0] += 1  # not all of a row: LayerNorm takes a constant away
     torch.testing.assert_close(adapter(states, tokens)[:, :3], logits[:, :3])
     assert not torch.allclose(adapter(states, tokens)[:, 3:], logits[:, 3:])
 
@@ -228,6 +229,10 @@ def test_impossible_sizes_are_named(make, text: str) -> None:
         ("cross-attention", (torch.zeros(2, 5, D), torch.zeros(2, 7, C)), "context must have 6 tokens"),
         ("expander", (torch.zeros(2, 4, D),), "x must have 5 tokens, got 4"),
         ("expander", (torch.zeros(5, D),), r"x must be \[B, N, 12\], got \[5, 12\]"),
+        *(
+            (kind, (torch.zeros(5, 1),), r"x must be \[..., \d+\], got \[5, 1\]")
+            for kind in ("linear", "residual-mlp", "lightweight")
+        ),
         ("token-alignment", (torch.zeros(5, V + 1),), r"x must be \[..., 30\], got \[5, 31\]"),
         (
             "compression",
@@ -252,6 +257,16 @@ def test_directories_that_hold_no_adapter(tmp_path: Path) -> None:
         load_adapter(tmp_path / "missing")
     with pytest.raises(ValueError, match="cannot be read"):
         load_adapter(tmp_path)
+    for text, message in (
+        ("[" * 200_000, "cannot be read"),
+        ('{"model_type": ["x"]}', "which is no adapter"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(tmp_path)
+        if message == "cannot be read":
+            with pytest.raises(ValueError, match="not valid JSON"):
+                read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="'llama' model, which is no adapter"):
         load_adapter(tmp_path)

@@ -122,7 +122,7 @@ class AgreementModel:
             steps = [([*map(float, a)], [*map(float, b)]) for a, b in content["steps"]]
             weights, edges = ([float(n) for n in content[name]] for name in ("weights", "edges"))
             return cls(content["kind"], weights, edges, steps, dict(content["about"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is no calibration or is broken: {error}") from None
 
 

@@ -41,10 +41,10 @@ def load_adapter(directory: str | os.PathLike[str]) -> AdapterModel:
         raise FileNotFoundError(2, "no such adapter directory", str(directory))
     try:
         model_type = json.loads((path / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{directory} is no adapter: config.json cannot be read: {error}") from None
     kinds = {made.config_class.model_type: made for made in KINDS.values()}
-    if model_type not in kinds:
+    if not isinstance(model_type, str) or model_type not in kinds:
         raise ValueError(f"{directory} holds a {model_type!r} model, which is no adapter of specfuse")
     try:
         adapter, info = kinds[model_type].from_pretrained(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specfuse.adapters.base import AdapterModel, identity, zero
+from specfuse.adapters.base import AdapterModel, check_width, identity, zero
 from specfuse.adapters.configuration import (
     LightweightAdapterConfig,
     LinearAdapterConfig,
@@ -59,6 +59,7 @@ class LinearAdapter(AdapterModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., I] -> [..., D]``."""
+        check_width("x", x, self.config.in_features)
         return self.linear(x)
 
     def weights(self) -> LinearWeights:
@@ -103,6 +104,7 @@ class ResidualMLPAdapter(AdapterModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
+        check_width("x", x, self.config.features)
         return x + self.up(F.gelu(self.down(x)))
 
     def weights(self) -> ResidualMLPWeights:
@@ -161,6 +163,7 @@ class LightweightAdapter(AdapterModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
+        check_width("x", x, self.config.features)
         h = F.dropout(F.relu(self.norm1(self.down(x))), self.config.dropout, self.training)
         h = F.relu(self.norm2(self.middle(h)))
         return x + self.up(h)

@@ -217,7 +217,7 @@ def holds_head(directory: str | os.PathLike[str]) -> bool:
     """Whether a directory's config names a draft head."""
     try:
         config: Any = json.loads((Path(directory) / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
 

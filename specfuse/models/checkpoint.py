@@ -135,7 +135,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{directory} is no model directory: it has no config.json")
     try:
         config = json.loads((path / "config.json").read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path / 'config.json'} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path / 'config.json'} is not a JSON object")

@@ -112,7 +112,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         if index.exists():
             try:
                 files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise ValueError(f"{index} is no index of weights: {str(error)[:80]}") from None
         elif (directory / name).exists():
             files = [name]

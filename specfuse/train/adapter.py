@@ -227,5 +227,5 @@ def trained_features(directory: Path) -> str:
         return "pooled"
     try:
         return str(json.loads(path.read_text())["features"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is broken: {error}") from None
