@@ -325,7 +325,8 @@ def show(
         fixed = {**environment(), "model": model, "batch": batch, "requests": requests}
         fixed["threads"] = str(torch.get_num_threads())
         for name, row in found.items():
-            writer.writerow({**fixed, "system": name, **{k: f"{v:.5g}" for k, v in row.items()}})
+            rounded = {k: str(v) if isinstance(v, int) else f"{v:.5g}" for k, v in row.items()}
+            writer.writerow({**fixed, "system": name, **rounded})
 
 
 def main(arguments: list[str] | None = None) -> None:
