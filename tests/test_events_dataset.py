@@ -47,6 +47,10 @@ def test_cut_takes_whole_windows_and_leaves_out_empty_ones(tmp_path: Path) -> No
     assert [w[1:] for w in found] == [(5, 15), (35, 45)], "15 to 35 is empty, the last event is at 44"
     assert [w[1:] for w in cut([tmp_path / "a.npz"], 10, step_us=15)] == [(5, 15), (35, 45)]
     assert cut([tmp_path / "a.npz"], 41) == []
+    (whole,) = cut([tmp_path / "a.npz"], 41, rest=True)
+    assert whole[1:] == (5, 46) and EventWindows([whole], transform=times)[0] == t.tolist()
+    left = [w[1:] for w in cut([tmp_path / "a.npz"], 30, rest=True)]
+    assert left == [(5, 35), (35, 65)], "without rest the second is not a window"
     with pytest.raises(ValueError, match="duration_us and step_us must be at least 1, got 0 and 0"):
         cut([], 0)
 

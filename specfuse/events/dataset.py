@@ -95,14 +95,17 @@ def cut(
     duration_us: int = 1_000_000,
     step_us: int | None = None,
     size: tuple[int, int] | None = None,
+    rest: bool = False,
 ) -> list[Window]:
     """Cuts recordings into windows of equal length, from the first event on; empty ones are left out.
 
     Args:
         paths: recordings.
-        duration_us: of a window, microseconds. What is left at the end of a recording makes none.
+        duration_us: of a window, microseconds. What is left at the end of a recording makes none, and a
+            recording of a second mostly has its first and last events a little less than that apart.
         step_us: from one window's start to the next; ``duration_us`` if None.
         size: ``(height, width)`` of the sensor where the files do not tell.
+        rest: whether what is left at the end is a window too.
 
     Raises:
         ValueError: a duration or step below 1, or a file that is not valid.
@@ -114,7 +117,8 @@ def cut(
     for path in paths:
         with open_events(path, size=size) as file:
             # The last event lies inside: a recording of exactly one second is one window of a second.
-            for start in range(file.first_us, file.last_us + 2 - duration_us, step_us):
+            stop = file.last_us + (1 if rest else 2 - duration_us)
+            for start in range(file.first_us, stop, step_us):
                 if file.number_at(start) < file.number_at(start + duration_us):
                     windows.append(Window(str(path), start, start + duration_us))
     return windows
