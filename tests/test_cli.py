@@ -14,6 +14,7 @@ import pytest
 from test_video import write_video
 
 from specfuse.cli.main import COMMANDS, run
+from specfuse.cli.train import shown
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -357,3 +358,8 @@ def test_tiny_processor_expands_placeholders_as_the_model_expects(tiny_directory
     text = "Grüße: 猫 & <s> tokens"
     ids = processor.tokenizer(text)["input_ids"]
     assert processor.tokenizer.decode(ids[1:]) == text and ids[0] == processor.tokenizer.bos_token_id
+
+
+def test_minutes_are_no_share() -> None:
+    assert shown("minutes", 0.5) == "0.50" and shown("tokens_per_pass", 1.0) == "1.00"
+    assert shown("acceptance_1", 0.5) == "50.0%" and shown("steps", 6) == "6"

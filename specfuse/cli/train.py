@@ -262,14 +262,16 @@ def train(
         print_json(figures)
         return
     for name, value in figures.items():
-        print(f"{name:16} {_shown(value)}")
+        print(f"{name:16} {shown(name, value)}")
     print("try: " + hint.format(out=out, target=target or "TARGET"))
 
 
-def _shown(value: Any) -> str:
+def shown(name: str, value: Any) -> str:
+    """A figure as text: most numbers up to 1 are shares."""
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.1%}" if value <= 1 else f"{value:.2f}"
+    share = value <= 1 and not any(unit in name for unit in ("minutes", "seconds", "loss", "per_pass"))
+    return f"{value:.1%}" if share else f"{value:.2f}"
 
 
 def default_cache() -> Path:

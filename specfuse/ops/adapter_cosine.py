@@ -196,7 +196,8 @@ def adapter_cosine(
     if not isinstance(adapter, LinearWeights | ResidualMLPWeights | LightweightWeights):
         if not hasattr(adapter, "weights"):
             raise ValueError(
-                f"adapter must be a module of specfuse.adapters or its weights, got {type(adapter).__name__}"
+                "adapter must be a module of specfuse.adapters that maps vectors (linear, residual-mlp, "
+                f"lightweight) or its weights, got {type(adapter).__name__}"
             )
         adapter = adapter.weights()
     score, accept, aligned = _op(x, list(adapter), target, threshold, eps, return_aligned)
