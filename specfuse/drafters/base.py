@@ -80,7 +80,8 @@ class Drafter:
     """Proposes a tree of tokens for every row of a batch. Subclass it and write ``propose``.
 
     A drafter can be shared by many calls, also at once: what belongs to one call lives in ``state.memory``.
-    Nothing a drafter proposes can change the answer; a bad one only costs time.
+    Nothing a drafter proposes can change the answer; a bad one only costs time. The exception is a token on
+    which the model itself computes NaN (a broken embedding): drafting it can raise FloatingPointError.
     """
 
     needs_target: bool = False
