@@ -60,7 +60,7 @@ class Lengths(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         # specfuse asks about one row at a time.
         ends = self.ends if len(self.ends) == len(input_ids) else self.ends[:1]
-        return input_ids.shape[1] >= ends
+        return input_ids.shape[1] >= ends.to(input_ids.device)
 
 
 class Request(NamedTuple):
@@ -151,7 +151,8 @@ class RowLengths(StoppingCriteria):
         self.width = prompts.shape[1]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.tensor([len(row) >= self.ends[tuple(row[: self.width])] for row in input_ids.tolist()])
+        done = [len(row) >= self.ends[tuple(row[: self.width])] for row in input_ids.tolist()]
+        return torch.tensor(done, device=input_ids.device)
 
 
 class ByRow(specfuse.Drafter):
@@ -184,7 +185,7 @@ def left_padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
-def sixty_million(count: int) -> Bench:
+def sixty_million(count: int, device: str) -> Bench:
     """A random LLaMA of 60 million parameters that never ends by itself."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -197,13 +198,14 @@ def sixty_million(count: int) -> Bench:
         eos_token_id=31999,
         pad_token_id=0,
     )
-    model: Any = LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config).eval().to(device)
     model.lm_head.weight.data[31999] = 0
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 31999, 0
     draw = random.Random(1)
     requests = []
     for _ in range(count):
-        ids = torch.tensor([[draw.randrange(3, 31000) for _ in range(draw.randint(16, 64))]])
+        prompt = [draw.randrange(3, 31000) for _ in range(draw.randint(16, 64))]
+        ids = torch.tensor([prompt], device=device)
         length = min(8 + int(draw.expovariate(1 / 30)), 128)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         out = model.generate(**inputs, max_new_tokens=length, do_sample=False)
@@ -213,16 +215,17 @@ def sixty_million(count: int) -> Bench:
     return Bench(model, requests, drafters, ends=True)
 
 
-def small_world(count: int) -> tuple[Bench, list[Any]]:
+def small_world(count: int, device: str) -> tuple[Bench, list[Any]]:
     """The miniature with its vision cache; and the clips."""
     model, processor = miniature.load_target()
+    model.to(device)
     patch(model)
     clips = choose(max(count // 8, 1), 8, seed=0)
     requests = []
     for asked in clips:
         for question in asked.questions:
             text = FIRST_TURN.format(question=question.text)
-            inputs = dict(processor(text=text, videos=asked.frames, return_tensors="pt"))
+            inputs = dict(processor(text=text, videos=asked.frames, return_tensors="pt").to(device))
             out = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
             requests.append(Request(inputs, LONGEST, out[0, inputs["input_ids"].shape[1] :].tolist()))
     drafters = {"plain": lambda: None, "lookup": lambda: "lookup", "corpus": miniature.load_corpus}
@@ -339,12 +342,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="miniature, 60m or one video")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--quick", action="store_true", help="8 requests, batch 4, one round: does it run?")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
+    device = options.device
     if options.quick:
         options.requests, options.batch, options.rounds = 8, [4], 1
-    small = small_world(options.requests) if options.only in ("", "miniature", "one video") else None
+    small = small_world(options.requests, device) if options.only in ("", "miniature", "one video") else None
     benches = {"miniature": small and small[0]}
-    benches["60m"] = sixty_million(options.requests) if options.only in ("", "60m") else None
+    benches["60m"] = sixty_million(options.requests, device) if options.only in ("", "60m") else None
     for name, bench in benches.items():
         for batch in options.batch if bench is not None and options.only in ("", name) else []:
             assert bench is not None

@@ -10,6 +10,7 @@
 #   generate INPUT   whole answers against model.generate and others: the miniature, and recorded answers replayed
 #                    on models of 1B and 7B parameters, rows into OUTDIR/generate.csv and OUTDIR/pass_times.csv
 #   acceptance 7b    speed-up by simulated acceptance, rows into OUTDIR/acceptance_curve.csv
+#   batch            batches and streams of many requests, rows into OUTDIR/batch.csv
 #   plot             PNG and SVG of all of it, where matplotlib is there
 #
 # The recording is SPECFUSE_TRACE, else video_llava_dsec_1s_tokens.json in SPECFUSE_SHARED_DATA, shared/data or
@@ -25,7 +26,7 @@
 # sections were tried.
 set -uo pipefail
 
-usage() { sed -n '2,23s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 out="" only="" again=0 budget=530
 while (($#)); do
@@ -179,6 +180,7 @@ section "generate 7b unpredictable" 150 "${generate[@]}" --input unpredictable -
   --questions 4 --nodes auto --only specfuse --no-pass-times
 section "acceptance 7b" 240 "$PYTHON" benchmarks/bench_acceptance_curve.py --device cuda --csv "$out" --size 7b \
   --prompt 2091 --answers 2 --rounds 1
+section batch 120 "$PYTHON" benchmarks/bench_batch.py --device cuda --requests 32 --rounds 1 --csv "$out/batch.csv"
 if "$PYTHON" -c 'import matplotlib' 2>/dev/null; then
   mapfile -t tables < <(for op in "${ops[@]}"; do [[ -e $out/$op.csv ]] && echo "$out/$op.csv"; done)
   ((${#tables[@]})) && section plot 30 "$PYTHON" benchmarks/plot.py "${tables[@]}" --out "$out"
