@@ -43,7 +43,7 @@ from specfuse.data import miniature
 from specfuse.demo import LONGEST, choose
 from specfuse.session import FIRST_TURN, VideoSession
 from specfuse.stream import AnswerStream
-from specfuse.vision_cache import patch
+from specfuse.vision.cache import patch
 
 Answers = list[list[int]]
 FIGURES = ("tokens_per_s", "over_generate", "row_passes", "kv_bytes")

@@ -47,7 +47,7 @@ from specfuse.generate import SpeculativeGenerator
 from specfuse.models import checkpoint
 from specfuse.session import FIRST_TURN
 from specfuse.stats import GenerationStats
-from specfuse.vision_cache import patch
+from specfuse.vision.cache import patch
 
 FIGURES = ("acceptance", "tokens_per_pass", "cost_ratio", "over_plain", "over_generate")
 PLAIN = "none (plain decoding)"

@@ -46,7 +46,7 @@ from specfuse.train.adapter_features import encoder_pairs
 from specfuse.train.batches import pixels, prompt_end, prompt_start
 from specfuse.train.labels import FACTS
 from specfuse.train.outputs import LONGEST, Output, world_outputs
-from specfuse.vision_cache import patched
+from specfuse.vision.cache import patched
 
 RIDGE = 300.0
 SUMMARY = 64

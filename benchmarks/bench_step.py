@@ -41,15 +41,15 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.thread_time}
 # Where each part is spent: a function, and the part that its own time counts for.
 WATCHED = {
     "specfuse.generate:SpeculativeGenerator._propose": "guard",
-    "specfuse.tree_forward:TreeForward.forward_tree": "mask",
-    "specfuse.tree_forward:TreeForward._call": "call",
-    "specfuse.kv_cache:TreeCacheLayer.update": "cache",
+    "specfuse.passes.tree_forward:TreeForward.forward_tree": "mask",
+    "specfuse.passes.tree_forward:TreeForward._call": "call",
+    "specfuse.passes.kv_cache:TreeCacheLayer.update": "cache",
     "specfuse.run:verify": "verify",
     "specfuse.verify:_verify_tree": "op verify_tree",
     "specfuse.run:GenerationRun.read": "read",
     "specfuse.run:GenerationRun.emit": "emit",
-    "specfuse.tree_forward:TreeForward.commit": "commit",
-    "specfuse.kv_cache:compact_kv": "op compact_kv",
+    "specfuse.passes.tree_forward:TreeForward.commit": "commit",
+    "specfuse.passes.kv_cache:compact_kv": "op compact_kv",
 }
 PARTS = ("guard", "mask", "call", "cache", "verify", "read", "emit", "commit", "loop", "bookkeeping")
 USEFUL = ("model", "drafter", "op verify_tree", "op compact_kv")

@@ -26,8 +26,8 @@ import transformers
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
-from specfuse.fingerprint import ModelFingerprint
-from specfuse.vision_cache import VisionCache, patched
+from specfuse.vision.cache import VisionCache, patched
+from specfuse.vision.fingerprint import ModelFingerprint
 
 QUESTION, PROLOGUE = 32, 4
 

@@ -16,7 +16,6 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specfuse.attention import register_attention as register_attention
     from specfuse.drafters import CombinedDrafter as CombinedDrafter
     from specfuse.drafters import CorpusDrafter as CorpusDrafter
     from specfuse.drafters import Drafter as Drafter
@@ -37,15 +36,16 @@ if TYPE_CHECKING:
     from specfuse.ops.verify_tree import AcceptedPath as AcceptedPath
     from specfuse.ops.verify_tree import verify_tree as verify_tree
     from specfuse.ops.verify_tree_rejection import verify_tree_rejection as verify_tree_rejection
+    from specfuse.passes.attention import register_attention as register_attention
     from specfuse.plan import Plan as Plan
     from specfuse.plan import plan as plan
     from specfuse.session import VideoSession as VideoSession
     from specfuse.stats import GenerationStats as GenerationStats
     from specfuse.tree import TokenTree as TokenTree
-    from specfuse.vision_cache import VisionCache as VisionCache
-    from specfuse.vision_cache import patch as patch
-    from specfuse.vision_cache import patched as patched
-    from specfuse.vision_cache import unpatch as unpatch
+    from specfuse.vision.cache import VisionCache as VisionCache
+    from specfuse.vision.cache import patch as patch
+    from specfuse.vision.cache import patched as patched
+    from specfuse.vision.cache import unpatch as unpatch
 
 __version__ = "0.1.0"
 
@@ -66,18 +66,18 @@ _HOME = {
     "SpeculativeGenerator": "specfuse.generate",
     "TokenTree": "specfuse.tree",
     "VideoSession": "specfuse.session",
-    "VisionCache": "specfuse.vision_cache",
+    "VisionCache": "specfuse.vision.cache",
     "adapter_cosine": "specfuse.ops.adapter_cosine",
     "auto_drafter": "specfuse.drafters",
     "compact_kv": "specfuse.ops.compact_kv",
     "custom_generate": "specfuse.generate",
     "generate": "specfuse.generate",
-    "patch": "specfuse.vision_cache",
-    "patched": "specfuse.vision_cache",
+    "patch": "specfuse.vision.cache",
+    "patched": "specfuse.vision.cache",
     "plan": "specfuse.plan",
-    "register_attention": "specfuse.attention",
+    "register_attention": "specfuse.passes.attention",
     "tree_attention": "specfuse.ops.tree_attention",
-    "unpatch": "specfuse.vision_cache",
+    "unpatch": "specfuse.vision.cache",
     "verify_tree": "specfuse.ops.verify_tree",
     "verify_tree_rejection": "specfuse.ops.verify_tree_rejection",
 }

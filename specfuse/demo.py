@@ -25,7 +25,7 @@ from specfuse.generate import SpeculativeGenerator
 from specfuse.run import visual_token_ids
 from specfuse.session import FIRST_TURN
 from specfuse.stats import GenerationStats
-from specfuse.vision_cache import VisionCache, patch
+from specfuse.vision.cache import VisionCache, patch
 
 if TYPE_CHECKING:
     from transformers import VideoLlavaForConditionalGeneration, VideoLlavaProcessor

@@ -185,7 +185,7 @@ def _queries() -> Any:
 
 
 def _tree() -> None:
-    attention = importlib.import_module("specfuse.attention")
+    attention = importlib.import_module("specfuse.passes.attention")
     registered = importlib.import_module("transformers").AttentionInterface()[attention.NAME]
     q = _queries()
     bits, lengths = q.new_ones((1, 2)).long(), q.new_zeros(1).long()

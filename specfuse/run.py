@@ -13,17 +13,17 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specfuse.answers import Answers
 from specfuse.arguments import row_seeds
-from specfuse.carried_rows import CarriedRows
 from specfuse.drafters import DraftState, root_only
 from specfuse.drafters.guard import leave_out_finished
 from specfuse.drafters.scenes import rows_of_events
 from specfuse.drafters.supervised import SupervisedDrafter
 from specfuse.ops.verify_tree import AcceptedPath
-from specfuse.out_of_memory import is_out_of_memory
+from specfuse.passes.carried_rows import CarriedRows
+from specfuse.passes.out_of_memory import is_out_of_memory
+from specfuse.passes.step_graph import GraphedSteps, graphs_of
+from specfuse.passes.tree_forward import MAX_MASKED_PREFILL, TreeForward
 from specfuse.stats import GenerationStats
-from specfuse.step_graph import GraphedSteps, graphs_of
 from specfuse.tree import TokenTree
-from specfuse.tree_forward import MAX_MASKED_PREFILL, TreeForward
 from specfuse.verify import TokenChoice, Verified, check_distributions, verify
 
 # Slots reserved for the answer at first; longer answers grow the cache by doubling.
@@ -144,7 +144,7 @@ class GenerationRun:
         return [self.answers.sequence(row) for row in range(len(self.answers.prompts))]
 
     def use_graphs(self, graphs: bool | str) -> None:
-        """Lets steps run as CUDA graphs, see :func:`specfuse.step_graph.graphs_of`. Before the first step."""
+        """Lets steps run as CUDA graphs, see :mod:`specfuse.passes.step_graph`. Before the first step."""
         kept = graphs_of(self.target, self.choice, graphs)
         if kept is not None:
             self.graphed = kept.open(self.target, self.choice)

@@ -23,12 +23,12 @@ from specfuse.arguments import row_seeds
 from specfuse.drafters import Drafter
 from specfuse.generate import SpeculativeGenerator
 from specfuse.models import adapter_for
-from specfuse.prefix_kv import LayerKV
-from specfuse.row_pool import RowPool
-from specfuse.shared_prefix import SharedPrefix
+from specfuse.passes.row_pool import RowPool
+from specfuse.passes.shared_prefix import SharedPrefix
 from specfuse.stats import GenerationStats
 from specfuse.stream import AnswerStream
 from specfuse.video_prompt import FIRST_TURN, NEXT_TURN, load_frames
+from specfuse.vision.prefix_kv import LayerKV
 
 _RESERVED = {
     "inputs",

@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 from specfuse.drafters import root_only
 from specfuse.drafters.guard import without_foreign_tokens
 from specfuse.exclusive import exclusive
-from specfuse.kv_cache import TreeCache
 from specfuse.ops.verify_tree import AcceptedPath
-from specfuse.out_of_memory import is_out_of_memory
 from specfuse.pacing import Backoff
-from specfuse.row_pool import RowPool
+from specfuse.passes.kv_cache import TreeCache
+from specfuse.passes.out_of_memory import is_out_of_memory
+from specfuse.passes.row_pool import RowPool
+from specfuse.passes.shared_prefix import SharedPrefix
 from specfuse.run import GenerationRun, on_host
-from specfuse.shared_prefix import SharedPrefix
 from specfuse.stats import Clock, GenerationStats
 from specfuse.tree import TokenTree
 from specfuse.tree_size import TreeSize, costs_of

@@ -66,7 +66,7 @@ def test_tree_attention_that_fails_is_told_in_its_line(monkeypatch: pytest.Monke
         raise RuntimeError("Failed to find C compiler\nlong trace")
 
     assert doctor.attention_backends()["specfuse_tree"] == "ok"
-    monkeypatch.setattr("specfuse.attention.tree_attention", broken)
+    monkeypatch.setattr("specfuse.passes.attention.tree_attention", broken)
     assert doctor.attention_backends()["specfuse_tree"] == "RuntimeError: Failed to find C compiler"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specfuse.prompt_mask import PromptTreeMask
+from specfuse.passes.prompt_mask import PromptTreeMask
 
 
 def prompt_and_tree(prompt: int, drafted: int, batch: int = 2) -> torch.Tensor:
@@ -42,7 +42,7 @@ def test_the_prompt_goes_through_the_causal_kernel(monkeypatch):
 
     x = torch.randn(1, 1, 12, 8)
     wrapped = PromptTreeMask.wrap(prompt_and_tree(9, 3, batch=1), 9)
-    monkeypatch.setattr("specfuse.prompt_mask.F.scaled_dot_product_attention", counting)
+    monkeypatch.setattr("specfuse.passes.prompt_mask.F.scaled_dot_product_attention", counting)
     PromptTreeMask.__torch_function__(
         counting, (PromptTreeMask,), (x, x, x), {"attn_mask": wrapped, "dropout_p": 0.0}
     )

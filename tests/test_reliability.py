@@ -21,7 +21,7 @@ from torch import Tensor
 import specfuse
 from specfuse.drafters import CombinedDrafter, CorpusDrafter, Drafter, DraftState, PromptLookupDrafter
 from specfuse.exclusive import exclusive
-from specfuse.kv_cache import TreeCacheLayer
+from specfuse.passes.kv_cache import TreeCacheLayer
 from specfuse.stats import GenerationStats
 from specfuse.tree import TokenTree
 

@@ -17,10 +17,10 @@ from transformers import AutoProcessor, VideoLlavaForConditionalGeneration
 from vision_probe import count_work
 
 from specfuse.drafters import ModelDrafter
+from specfuse.passes.shared_prefix import SharedPrefix
 from specfuse.session import Answer, VideoSession, load_frames
-from specfuse.shared_prefix import SharedPrefix
 from specfuse.stream import AnswerStream
-from specfuse.vision_cache import patched
+from specfuse.vision.cache import patched
 
 NEW = 12
 

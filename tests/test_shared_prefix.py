@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import specfuse
-from specfuse.row_pool import RowPool
-from specfuse.shared_prefix import SharedPrefix, SharedPrefixMask
+from specfuse.passes.row_pool import RowPool
+from specfuse.passes.shared_prefix import SharedPrefix, SharedPrefixMask
 from specfuse.stream import AnswerStream
 
 

@@ -17,11 +17,11 @@ from tiny_models import random_prompts, tiny_llama, tiny_qwen2, tiny_video_llava
 from transformers import MistralConfig, MistralForCausalLM
 
 import specfuse
-from specfuse import step_graph
 from specfuse.pacing import Backoff
-from specfuse.static_step import RowSettings, StaticStep
-from specfuse.step_graph import StepGraphs
-from specfuse.tree_forward import TreeForward
+from specfuse.passes import step_graph
+from specfuse.passes.static_step import RowSettings, StaticStep
+from specfuse.passes.step_graph import StepGraphs
+from specfuse.passes.tree_forward import TreeForward
 from specfuse.verify import TokenChoice
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False}

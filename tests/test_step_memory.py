@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import specfuse
 import specfuse.run
-from specfuse.kv_cache import TreeCacheLayer
+from specfuse.passes.kv_cache import TreeCacheLayer
 
 PROMPT = 400
 

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, PreTrainedModel, Qwen2Config, Qwen2For
 
 import specfuse
 from specfuse.drafters import CombinedDrafter, CorpusDrafter, Drafter, DraftState, PromptLookupDrafter
-from specfuse.kv_cache import TreeCacheLayer
+from specfuse.passes.kv_cache import TreeCacheLayer
 from specfuse.stream import StreamedAnswer, stacked
 from specfuse.tree import TokenTree
 

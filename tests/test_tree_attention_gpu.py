@@ -12,8 +12,8 @@ from tree_attention_cases import CASES, TreeCase, ancestor_bits, assert_close, r
 
 from specfuse.kernels import tuned
 from specfuse.ops.tree_attention import tree_attention
+from specfuse.passes.tree_forward import TreeForward
 from specfuse.tree import TokenTree
-from specfuse.tree_forward import TreeForward
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

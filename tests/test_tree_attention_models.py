@@ -21,8 +21,8 @@ from transformers import (
 
 import specfuse
 from specfuse import ModelDrafter, attention
-from specfuse.attention import TreeMask
-from specfuse.tree_forward import TreeForward
+from specfuse.passes.attention import TreeMask
+from specfuse.passes.tree_forward import TreeForward
 
 NEW_TOKENS = 16
 SIZES = {

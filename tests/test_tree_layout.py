@@ -12,11 +12,11 @@ from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaLi
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 import specfuse
-from specfuse import tree_layout
 from specfuse.answers import Answers
-from specfuse.kv_cache import TreeCache
 from specfuse.ops import native
-from specfuse.step_mask import StepMask
+from specfuse.passes import tree_layout
+from specfuse.passes.kv_cache import TreeCache
+from specfuse.passes.step_mask import StepMask
 from specfuse.tree import TokenTree, pack_bits
 
 built = pytest.mark.skipif(native.step is None, reason="the C++ module is not built")

@@ -21,7 +21,7 @@ from transformers import DynamicCache, StaticCache
 from vision_probe import count_work
 
 import specfuse
-from specfuse.vision_cache import VisionCache, patched
+from specfuse.vision.cache import VisionCache, patched
 
 NEW = 10
 

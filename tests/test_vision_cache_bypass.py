@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_video_llava, video_inputs
 from torch import Tensor
 
-from specfuse.vision_cache import patched
+from specfuse.vision.cache import patched
 
 
 def answer(model: Any, inputs: dict[str, Tensor], tokens: int = 10) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 from tiny_models import image_inputs, tiny_video_llava, video_inputs
 from torch import Tensor, nn
 
-from specfuse.fingerprint import SAMPLES_PER_TENSOR, ModelFingerprint
 from specfuse.models import adapter_for
-from specfuse.vision_cache import VisionCache, patch, patched, unpatch
-from specfuse.vision_prefix import prefix_key
+from specfuse.vision.cache import VisionCache, patch, patched, unpatch
+from specfuse.vision.fingerprint import SAMPLES_PER_TENSOR, ModelFingerprint
+from specfuse.vision.prefix import prefix_key
 
 
 def ask(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:

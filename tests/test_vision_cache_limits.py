@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_video_llava, tokens_per_frame, video_inputs
 from torch import Tensor
 
-from specfuse.vision_cache import VisionCache, patched
+from specfuse.vision.cache import VisionCache, patched
 
 
 def answer(model: Any, inputs: dict[str, Tensor], tokens: int = 10) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from tiny_models import tiny_llama, tiny_video_llava, video_inputs
 from torch import Tensor
 
-from specfuse.vision_cache import VisionCache, patch, patched, unpatch
+from specfuse.vision.cache import VisionCache, patch, patched, unpatch
 
 
 def answer(model: Any, inputs: dict[str, Tensor], tokens: int = 10) -> Tensor:

@@ -103,7 +103,7 @@ def _measure(
     from rich.progress import Progress
 
     from specfuse.plan import plan as make_plan
-    from specfuse.vision_cache import patched
+    from specfuse.vision.cache import patched
 
     hidden = quiet or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar, patched(target):

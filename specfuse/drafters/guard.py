@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from specfuse.drafters.base import DraftState
+from specfuse.passes.tree_layout import UNBOUNDED, holds_foreign_tokens, is_sound
 from specfuse.tree import TokenTree
-from specfuse.tree_layout import UNBOUNDED, holds_foreign_tokens, is_sound
 
 
 def checked(tree: TokenTree, state: DraftState, max_nodes: int, drafter: object) -> TokenTree:

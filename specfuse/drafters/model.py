@@ -15,8 +15,8 @@ from specfuse.drafters.beside import Beside
 from specfuse.drafters.growing import GrowingTree
 from specfuse.drafters.same_noise import samples
 from specfuse.drafters.vocabulary import SameIds, vocabulary_for
+from specfuse.passes.tree_forward import TreeForward
 from specfuse.tree import TokenTree
-from specfuse.tree_forward import TreeForward
 
 _RESERVED_ANSWER = 1024
 _EVENTS = ("event_", "pixel_values_events")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from specfuse.data.world import split
+from specfuse.passes.tree_forward import TreeForward
 from specfuse.train.batches import pixels, prompt_end, prompt_start
 from specfuse.train.clip_store import Clips, load_clips
 from specfuse.train.loop import Report
-from specfuse.tree_forward import TreeForward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, VideoLlavaForConditionalGeneration

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from specfuse.ops import native
+from specfuse.passes.tree_layout import is_plain
 from specfuse.tree import TokenTree
-from specfuse.tree_layout import is_plain
 
 
 class StepMask:

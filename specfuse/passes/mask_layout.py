@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from specfuse.attention import NAME as TREE_ATTENTION
+from specfuse.passes.attention import NAME as TREE_ATTENTION
 
 
 class MaskLayout:

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from specfuse.attention import NAME as TREE_ATTENTION
-from specfuse.attention import TreeMask
-from specfuse.kv_cache import TreeCache
-from specfuse.mask_layout import head_dim, mask_layout
 from specfuse.ops.tree_attention import MAX_NODES, beats_dense_mask
-from specfuse.prompt_mask import PromptTreeMask
-from specfuse.step_mask import StepMask
+from specfuse.passes.attention import NAME as TREE_ATTENTION
+from specfuse.passes.attention import TreeMask
+from specfuse.passes.kv_cache import TreeCache
+from specfuse.passes.mask_layout import head_dim, mask_layout
+from specfuse.passes.prompt_mask import PromptTreeMask
+from specfuse.passes.step_mask import StepMask
+from specfuse.passes.tree_layout import ancestor_bits, node_positions
 from specfuse.tree import TokenTree, pack_bits
-from specfuse.tree_layout import ancestor_bits, node_positions
 
 # The prefill's dense [P + n, P + n] mask stays below 64 MB of bool; longer prompts are prefilled without a
 # tree.

@@ -14,13 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specfuse.attention import TreeMask
 from specfuse.ops.compact_kv import compact_kv
 from specfuse.ops.tree_attention import MAX_NODES
 from specfuse.ops.verify_tree import AcceptedPath
+from specfuse.passes.attention import TreeMask
+from specfuse.passes.tree_forward import TreeForward
+from specfuse.passes.tree_layout import ancestor_bits, node_positions
 from specfuse.tree import TokenTree
-from specfuse.tree_forward import TreeForward
-from specfuse.tree_layout import ancestor_bits, node_positions
 from specfuse.verify import TokenChoice
 
 _verify_tree = torch.ops.specfuse.verify_tree.default

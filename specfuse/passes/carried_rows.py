@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from specfuse.ops.verify_tree import AcceptedPath
+from specfuse.passes.tree_forward import TreeForward
 from specfuse.tree import TokenTree
-from specfuse.tree_forward import TreeForward
 from specfuse.verify import TokenChoice, Verified, verify
 
 # Dropping moves the other rows' KV, which costs about as much as a pass reads of it: a quarter of the rows

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from specfuse.vision_prefix import RowPrefix
+from specfuse.vision.prefix import RowPrefix
 
 LayerKV = dict[int, tuple[Tensor, Tensor]]
 """Layer index -> keys and values, each [1, G, P, D]."""

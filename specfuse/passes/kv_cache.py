@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from specfuse.ops import native
 from specfuse.ops.compact_kv import compact_kv
-from specfuse.out_of_memory import is_out_of_memory
+from specfuse.passes.out_of_memory import is_out_of_memory
 
 
 class TreeCacheLayer(CacheLayerMixin):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
-from specfuse.fingerprint import ModelFingerprint
 from specfuse.models import VisualAdapter
-from specfuse.prefix_kv import PrefixKV, append, gather, on_update, recorder
-from specfuse.vision_prefix import Bypass, Prefill, RowPrefix, find_prefixes, prefix_key
+from specfuse.vision.fingerprint import ModelFingerprint
+from specfuse.vision.prefix import Bypass, Prefill, RowPrefix, find_prefixes, prefix_key
+from specfuse.vision.prefix_kv import PrefixKV, append, gather, on_update, recorder
 
 if TYPE_CHECKING:
-    from specfuse.vision_cache import VisionCache
+    from specfuse.vision.cache import VisionCache
 
 # Arguments of forward that are understood; a call with any other is passed on unchanged.
 _CALL_NAMES = {

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specfuse.kv_cache import TreeCache, TreeCacheLayer
-from specfuse.shared_prefix import SharedPrefix, SharedPrefixMask
+from specfuse.passes.kv_cache import TreeCache, TreeCacheLayer
+from specfuse.passes.shared_prefix import SharedPrefix, SharedPrefixMask
+from specfuse.passes.tree_forward import TreeForward
+from specfuse.passes.tree_layout import node_positions
 from specfuse.tree import TokenTree
-from specfuse.tree_forward import TreeForward
-from specfuse.tree_layout import node_positions
 
 _SLOTS = 16  # capacities are multiples of this
 

@@ -18,8 +18,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from specfuse.models import adapter_for
-from specfuse.prefix_kv import PrefixKV
-from specfuse.vision_forward import CachedForward
+from specfuse.vision.forward import CachedForward
+from specfuse.vision.prefix_kv import PrefixKV
 
 DEFAULT_MAX_BYTES = 4 * 2**30
 

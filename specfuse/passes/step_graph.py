@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from specfuse.ops.verify_tree import AcceptedPath
-from specfuse.static_step import RowSettings, StaticStep
+from specfuse.passes.static_step import RowSettings, StaticStep
+from specfuse.passes.tree_forward import TreeForward
 from specfuse.tree import TokenTree
-from specfuse.tree_forward import TreeForward
 from specfuse.verify import TokenChoice
 
 _log = logging.getLogger("specfuse")

@@ -1,0 +1,1 @@
+"""Passes of a Hugging Face model over token trees: cache, masks, positions, attention, CUDA graphs, rows."""
