@@ -1,5 +1,5 @@
-// The step's host work for specfuse/passes/tree_layout.py, specfuse/passes/step_mask.py and specfuse/passes/kv_cache.py, which
-// check shapes, dtypes and bounds; tensors arrive as addresses.
+// The step's host work for specfuse/passes/tree_layout.py, specfuse/passes/step_mask.py and
+// specfuse/passes/kv_cache.py, which check shapes, dtypes and bounds; tensors arrive as addresses.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
