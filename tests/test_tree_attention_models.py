@@ -20,7 +20,8 @@ from transformers import (
 )
 
 import specfuse
-from specfuse import ModelDrafter, attention
+from specfuse import ModelDrafter
+from specfuse.passes import attention
 from specfuse.passes.attention import TreeMask
 from specfuse.passes.tree_forward import TreeForward
 
