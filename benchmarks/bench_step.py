@@ -147,16 +147,18 @@ class PreparedTarget(LlamaForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         assert input_ids is not None
+        cache = past_key_values if cache is None else cache
         batch, count = input_ids.shape
         states = self.written.get((batch, count))
         if states is None:
             states = self.written[batch, count] = torch.zeros(batch, 2, count, 16)
         for layer in range(self.config.num_hidden_layers):
-            past_key_values.update(states, states, layer)
+            cache.update(states, states, layer)
         return CausalLMOutputWithPast(logits=self.rows[input_ids])
 
 

@@ -28,6 +28,7 @@ from specfuse.drafters.guard import leave_out_finished, without_foreign_tokens
 from specfuse.drafters.scenes import check_takes_events
 from specfuse.drafters.supervised import SupervisedDrafter
 from specfuse.exclusive import exclusive
+from specfuse.hf.cache_names import with_cache_name
 from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
 from specfuse.stats import Clock, GenerationStats
@@ -179,7 +180,7 @@ class SpeculativeGenerator:
         """See :func:`generate`."""
         check_arguments(kwargs)
         streamer = kwargs.pop("streamer", None)
-        kwargs = with_stop_strings(self.model, with_video(self.model, inputs, kwargs))
+        kwargs = with_cache_name(with_stop_strings(self.model, with_video(self.model, inputs, kwargs)))
         request = {"seed": seed, "draft_inputs": draft_inputs, "events": events}
         request |= {"evidence": evidence, "streamer": streamer}
         # Since 5.18 the loop is handed encoded pixels only; a draft model needs the pixels themselves.

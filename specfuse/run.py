@@ -17,6 +17,7 @@ from specfuse.drafters import DraftState, root_only
 from specfuse.drafters.guard import leave_out_finished
 from specfuse.drafters.scenes import rows_of_events
 from specfuse.drafters.supervised import SupervisedDrafter
+from specfuse.hf.cache_names import GENERATE_CACHE, pop_cache
 from specfuse.ops.verify_tree import AcceptedPath
 from specfuse.passes.carried_rows import CarriedRows
 from specfuse.passes.out_of_memory import is_out_of_memory
@@ -47,7 +48,7 @@ class GenerationRun:
         max_nodes: int,
     ):
         self.model, self.answers, self.config = model, answers, config
-        self.past = model_kwargs.pop("past_key_values", None)
+        self.past = pop_cache(model_kwargs)
         self.prompt_mask = model_kwargs.pop("attention_mask", None)
         for handled in ("use_cache", "logits_to_keep"):
             model_kwargs.pop(handled, None)
@@ -277,7 +278,7 @@ class GenerationRun:
             sequences=sequences,
             scores=self._columns(self.scores, padding=True) if self.choice.keep_scores else None,
             logits=self._columns(self.logits, padding=False) if self.choice.keep_logits else None,
-            past_key_values=self.target.cache.to_dynamic(self.prompt_length + self.answers.width - 1),
+            **{GENERATE_CACHE: self.target.cache.to_dynamic(self.prompt_length + self.answers.width - 1)},
         )
         output.stats = stats
         return output

@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from specfuse.arguments import row_seeds
 from specfuse.drafters import Drafter
 from specfuse.generate import SpeculativeGenerator
+from specfuse.hf.cache_names import CACHE_NAMES, GENERATE_CACHE, cache_argument, output_cache
 from specfuse.models import adapter_for
 from specfuse.passes.row_pool import RowPool
 from specfuse.passes.shared_prefix import SharedPrefix
@@ -36,7 +37,7 @@ _RESERVED = {
     "inputs_embeds",
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    *CACHE_NAMES,
     "return_dict_in_generate",
     "video",
     "processor",
@@ -139,7 +140,7 @@ class VideoSession:
         output: Any = generator.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=_as_cache(kv),
+            **{GENERATE_CACHE: _as_cache(kv)},
             return_dict_in_generate=True,
             **{"events": self.events, **generate_kwargs},
         )
@@ -147,7 +148,7 @@ class VideoSession:
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         answer = Answer(text, tokens, output.stats)
         self._ids = output.sequences
-        self._kv = _first_slots(output.past_key_values, output.sequences.shape[1] - 1)
+        self._kv = _first_slots(output_cache(output), output.sequences.shape[1] - 1)
         self.history += ((question, answer),)
         return answer
 
@@ -188,7 +189,7 @@ class VideoSession:
                 "id": i,
                 "input_ids": ids,
                 "attention_mask": torch.ones_like(ids),
-                "past_key_values": _as_cache(kv),
+                GENERATE_CACHE: _as_cache(kv),
                 "seed": seeds[i],
                 **{"events": self.events, **generate_kwargs},
             }
@@ -288,13 +289,13 @@ class _EncodedVideo:
                     output = self.model(
                         input_ids=prompt,
                         attention_mask=torch.ones_like(prompt),
-                        past_key_values=DynamicCache(),
+                        **{cache_argument(self.model.forward): DynamicCache()},
                         use_cache=True,
                         logits_to_keep=1,
                         return_dict=True,
                         **pixels,
                     )
-                self._prefix, self._kv = ids[:, :end], _first_slots(output.past_key_values, end)
+                self._prefix, self._kv = ids[:, :end], _first_slots(output_cache(output), end)
             return self._kv
 
 

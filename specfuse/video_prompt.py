@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specfuse.data.video import read_video
+from specfuse.hf.cache_names import CACHE_NAMES
 
 FIRST_TURN = "USER: <video>\n{question} ASSISTANT:"
 NEXT_TURN = " USER: {question} ASSISTANT:"
 """The prompt format Video-LLaVA was trained on (Vicuna's), without its optional system sentence."""
 
 _PARTS = ("video", "processor", "question")
-_MODEL_INPUTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values")
+_MODEL_INPUTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", *CACHE_NAMES)
 
 
 def with_video(model: PreTrainedModel, inputs: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:

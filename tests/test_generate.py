@@ -13,6 +13,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfi
 
 import specfuse.run
 from specfuse import CombinedDrafter, CorpusDrafter, ModelDrafter, PromptLookupDrafter
+from specfuse.hf.cache_names import GENERATE_CACHE, output_cache
 
 NEW_TOKENS = 20
 MODELS = {"llama": tiny_llama, "qwen2": tiny_qwen2, "video_llava": tiny_video_llava}
@@ -253,8 +254,8 @@ def test_continues_from_a_cache_and_returns_one_that_continues(name):
     drafter = OracleDrafter(answers_of(first_expected.sequences, inputs), vocab=100)
     first, _ = speculate(model, inputs, drafter, **kwargs)
     assert type(first) is type(first_expected)
-    assert isinstance(first.past_key_values, DynamicCache)
-    for ours, theirs in zip(first.past_key_values.layers, first_expected.past_key_values.layers, strict=True):
+    assert isinstance(output_cache(first), DynamicCache)
+    for ours, theirs in zip(output_cache(first).layers, output_cache(first_expected).layers, strict=True):
         kept = inputs["attention_mask"].bool()
         assert ours.keys.shape == theirs.keys.shape
         for row in range(2):
@@ -265,9 +266,9 @@ def test_continues_from_a_cache_and_returns_one_that_continues(name):
         "input_ids": first.sequences,
         "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(2, 10, dtype=torch.int64)], dim=1),
     }
-    expected = plain(model, longer, past_key_values=first_expected.past_key_values)
+    expected = plain(model, longer, **{GENERATE_CACHE: output_cache(first_expected)})
     drafter = OracleDrafter(answers_of(expected, longer), vocab=100)
-    again, stats = speculate(model, longer, drafter, past_key_values=first.past_key_values)
+    again, stats = speculate(model, longer, drafter, **{GENERATE_CACHE: output_cache(first)})
     assert torch.equal(again, expected)
     assert stats.tokens > stats.passes
 

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import specfuse
+from specfuse.hf.cache_names import GENERATE_CACHE, output_cache
 
 NEW_TOKENS = 16
 
@@ -260,7 +261,7 @@ def test_stats_of_the_returned_dict():
     assert stats.tokens == 2 * NEW_TOKENS == sum(k * v for k, v in stats.histogram.items())
     assert stats.passes == sum(stats.histogram.values())
     assert stats.prefill_ms > 0 and stats.verify_ms > 0
-    assert set(out.keys()) == {"sequences", "past_key_values"}
+    assert set(out.keys()) == {"sequences", GENERATE_CACHE}
     assert stats.as_dict()["tokens_per_pass"] == stats.tokens_per_pass
 
 
@@ -351,7 +352,7 @@ def test_returned_cache_of_rows_that_finish_early():
     got = run(model, inputs, expected.sequences, **kwargs)
     assert torch.equal(got.sequences, expected.sequences)
     assert got.sequences[0, -1] == 0 and got.sequences[1, -1] != 0
-    for ours, theirs in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    for ours, theirs in zip(output_cache(got).layers, output_cache(expected).layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys)
         torch.testing.assert_close(ours.values, theirs.values)
 

@@ -11,6 +11,7 @@ from tiny_models import random_prompts, tiny_llama, tiny_qwen2, tiny_video_llava
 
 import specfuse
 from specfuse.drafters import Drafter, DraftState
+from specfuse.hf.cache_names import GENERATE_CACHE, output_cache
 
 
 class Listener(Drafter):
@@ -93,8 +94,8 @@ def test_a_given_cache_leaves_the_states_of_what_is_new():
     inputs = random_prompts(model, 1, text_lens=[12])
     drafter, plain = oracle(model, inputs, max_new_tokens=10)
     with torch.no_grad():
-        past = model(inputs["input_ids"][:, :9], use_cache=True).past_key_values
-    options = {"max_new_tokens": 10, "do_sample": False, "past_key_values": past}
+        past = output_cache(model(inputs["input_ids"][:, :9], use_cache=True))
+    options = {"max_new_tokens": 10, "do_sample": False, GENERATE_CACHE: past}
     assert torch.equal(plain, specfuse.generate(model, drafter, **inputs, **options))
     assert drafter.state.prompt_hidden.shape[1] == 3
     check_states(model, drafter.state, inputs)

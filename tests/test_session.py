@@ -17,6 +17,7 @@ from transformers import AutoProcessor, VideoLlavaForConditionalGeneration
 from vision_probe import count_work
 
 from specfuse.drafters import ModelDrafter
+from specfuse.hf.cache_names import GENERATE_CACHE
 from specfuse.passes.shared_prefix import SharedPrefix
 from specfuse.session import Answer, VideoSession, load_frames
 from specfuse.stream import AnswerStream
@@ -222,8 +223,8 @@ def test_bad_requests_are_named(model: Any, processor: Any) -> None:
         session.ask("  ")
     with pytest.raises(ValueError, match="placeholders"):
         session.ask("What about <video>?")
-    with pytest.raises(ValueError, match="past_key_values"):
-        session.ask("Why?", past_key_values=None)
+    with pytest.raises(ValueError, match=GENERATE_CACHE):
+        session.ask("Why?", **{GENERATE_CACHE: None})
     with pytest.raises(ValueError, match=r"num_return_sequences must be 1.*3"):
         session.ask("Why?", num_return_sequences=3)
     with pytest.raises(ValueError, match="num_beams"):

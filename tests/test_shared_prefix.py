@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import specfuse
+from specfuse.hf.cache_names import GENERATE_CACHE
 from specfuse.passes.row_pool import RowPool
 from specfuse.passes.shared_prefix import SharedPrefix, SharedPrefixMask
 from specfuse.stream import AnswerStream
@@ -100,7 +101,7 @@ def test_requests_behind_one_prefix_answer_as_they_do_alone(attention: str) -> N
     start = random_prompts(model, 1, seed=1, text_lens=[40])["input_ids"]
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=start, past_key_values=cache)
+        model(input_ids=start, **{GENERATE_CACHE: cache})
     prefix = SharedPrefix([(layer.keys, layer.values) for layer in cache.layers])
     requests = []
     for i in range(7):
@@ -115,7 +116,7 @@ def test_requests_behind_one_prefix_answer_as_they_do_alone(attention: str) -> N
             past = DynamicCache()
             for i, (keys, values) in enumerate(prefix.layers):
                 past.update(keys, values, i)
-            yield {**request, "past_key_values": past}
+            yield {**request, GENERATE_CACHE: past}
 
     generator = specfuse.SpeculativeGenerator(model, specfuse.ModelDrafter(model, depth=3, branching=2))
     for answer in AnswerStream(generator, with_past(), batch_size=3, prefix=prefix):

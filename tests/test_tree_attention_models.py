@@ -21,6 +21,7 @@ from transformers import (
 
 import specfuse
 from specfuse import ModelDrafter
+from specfuse.hf.cache_names import GENERATE_CACHE, output_cache
 from specfuse.passes import attention
 from specfuse.passes.attention import TreeMask
 from specfuse.passes.tree_forward import TreeForward
@@ -180,19 +181,19 @@ def test_a_cache_that_has_dropped_what_is_outside_the_window(build, batch):
     inputs = {"input_ids": torch.cat([first.sequences, torch.full((batch, 2), 9)], dim=1)}
     padding = random_prompts(model, batch)["attention_mask"]
     inputs["attention_mask"] = torch.nn.functional.pad(padding, (0, NEW_TOKENS + 2), value=1)
-    past = first.past_key_values
+    past = output_cache(first)
     assert past.layers[-1].keys.shape[2] < past.get_seq_length()
-    expected = plain(model, inputs, past_key_values=copy.deepcopy(past))
+    expected = plain(model, inputs, **{GENERATE_CACHE: copy.deepcopy(past)})
     drafter = OracleDrafter(answers_of(expected, inputs), vocab=120)
     for implementation in ("specfuse_tree", "sdpa"):
         model.set_attn_implementation(implementation)
         for chosen in (None, drafter):
             generator = specfuse.SpeculativeGenerator(model, chosen, max_nodes=16)
-            options = {"past_key_values": copy.deepcopy(past), "max_new_tokens": NEW_TOKENS}
+            options = {GENERATE_CACHE: copy.deepcopy(past), "max_new_tokens": NEW_TOKENS}
             assert torch.equal(generator.generate(**inputs, **options, do_sample=False), expected)
     past.layers[-1].keys = past.layers[-1].keys[:, :, 1:]
     with pytest.raises(ValueError, match=r"past_key_values holds \d of its \d+ tokens in layer 1"):
-        generator.generate(**inputs, past_key_values=past, max_new_tokens=2, do_sample=False)
+        generator.generate(**inputs, **{GENERATE_CACHE: past}, max_new_tokens=2, do_sample=False)
 
 
 def test_useless_drafts_and_a_draft_model_with_pending_nodes(calls):

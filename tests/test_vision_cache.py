@@ -21,6 +21,7 @@ from transformers import DynamicCache, StaticCache
 from vision_probe import count_work
 
 import specfuse
+from specfuse.hf.cache_names import GENERATE_CACHE, output_cache
 from specfuse.vision.cache import VisionCache, patched
 
 NEW = 10
@@ -115,7 +116,7 @@ def test_logits_equal_uncached() -> None:
         cached = model.generate(**inputs, **options)
     for mine, reference in zip(cached.logits, plain.logits, strict=True):
         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-12)
-    for mine, reference in zip(cached.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for mine, reference in zip(output_cache(cached).layers, output_cache(plain).layers, strict=True):
         keep = inputs["attention_mask"].bool()[:, None, :, None]
         keep = torch.nn.functional.pad(keep, (0, 0, 0, mine.keys.shape[2] - keep.shape[2]), value=True)
         torch.testing.assert_close(mine.keys * keep, reference.keys * keep, rtol=0, atol=1e-12)
@@ -194,7 +195,7 @@ def test_static_cache(batch: int) -> None:
     expected = answer(model, inputs)
     with patched(model, cache):
         past = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
-        assert torch.equal(answer(model, inputs, past_key_values=past), expected)
+        assert torch.equal(answer(model, inputs, **{GENERATE_CACHE: past}), expected)
     assert cache.stats.hits == 2 * batch
 
 
@@ -250,12 +251,12 @@ def test_draft_tree_behind_the_prompt(form: str, keep: str) -> None:
     if keep != "int":
         call["logits_to_keep"] = torch.arange(4) + (length - 1 if keep == "index" else -4)
     with torch.no_grad():
-        expected = model(**call, past_key_values=DynamicCache())
+        expected = model(**call, **{GENERATE_CACHE: DynamicCache()})
         with patched(model) as cache:
             for _ in range(2):
-                got = model(**call, past_key_values=DynamicCache())
+                got = model(**call, **{GENERATE_CACHE: DynamicCache()})
                 torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-12)
-                assert got.past_key_values.get_seq_length() == length + 3
+                assert output_cache(got).get_seq_length() == length + 3
     assert (cache.stats.misses, cache.stats.hits) == (2, 2)
 
 
@@ -265,7 +266,7 @@ def test_returned_cache_does_not_share_memory_with_the_entries() -> None:
     with patched(model) as cache:
         for how in (DynamicCache, lambda: StaticCache(config=model.config.text_config, max_cache_len=64)):
             past = how()
-            expected = answer(model, inputs, past_key_values=past)
+            expected = answer(model, inputs, **{GENERATE_CACHE: past})
             for layer in past.layers:
                 layer.keys.zero_()
                 layer.values.zero_()

@@ -9,6 +9,7 @@ import torch
 from tiny_models import tiny_video_llava, video_inputs
 from torch import Tensor
 
+from specfuse.hf.cache_names import GENERATE_CACHE, output_cache
 from specfuse.vision.cache import patched
 
 
@@ -88,9 +89,9 @@ def test_filled_cache_and_wrong_counts_reach_the_original() -> None:
     model = tiny_video_llava()
     call = {**video_inputs(model), "use_cache": True, "logits_to_keep": 1}
     with torch.no_grad(), patched(model) as cache:
-        past = model(**call).past_key_values
+        past = output_cache(model(**call))
         longer = {**call, "attention_mask": torch.ones(1, 2 * past.get_seq_length(), dtype=torch.int64)}
-        model(**longer, past_key_values=past)
+        model(**longer, **{GENERATE_CACHE: past})
         fewer = {**call, "pixel_values_videos": call["pixel_values_videos"][:, :3]}
         with pytest.raises(ValueError, match="tokens"):  # transformers' own message
             model(**fewer)

@@ -28,6 +28,8 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from specfuse.hf.cache_names import CACHE_NAMES, OUTPUT_CACHE, cache_argument, output_cache
+
 ORIGINAL_EVENT_TOKEN = -200
 """What the original implementation writes where features go; here it is an ordinary id, one per feature."""
 
@@ -105,7 +107,7 @@ class EventGptPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("event", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -159,9 +161,10 @@ class EventGptModel(EventGptPreTrainedModel):
         pixel_values_events: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         event_features: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> EventGptModelOutput:
         """As :meth:`EventGptForConditionalGeneration.forward`, up to the last hidden state."""
@@ -179,12 +182,12 @@ class EventGptModel(EventGptPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{cache_argument(self.language_model.forward): past_key_values if cache is None else cache},
             **kwargs,
         )
         return EventGptModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{OUTPUT_CACHE: output_cache(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             event_hidden_states=event_features,
@@ -259,11 +262,12 @@ class EventGptForConditionalGeneration(EventGptPreTrainedModel, GenerationMixin)
         pixel_values_events: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         event_features: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> EventGptOutput:
         """Logits of the next tokens.
@@ -271,7 +275,8 @@ class EventGptForConditionalGeneration(EventGptPreTrainedModel, GenerationMixin)
         Args:
             input_ids: int64 ``[B, T]`` with ``n + P`` placeholders for each stream.
             pixel_values_events: ``[S, n, 3, H, W]`` of S streams, in reading order of their placeholders.
-            attention_mask, position_ids, past_key_values, inputs_embeds: as for LLaMA.
+            attention_mask, position_ids, inputs_embeds: as for LLaMA.
+            cache, past_key_values: the KV cache, by its new or its old name.
             event_features: ``[S, n + P, D]`` from ``get_event_features``, instead of pixels.
             labels: ``[B, T]``, -100 where there is no loss.
             logits_to_keep: compute only that many last logits; 0 for all.
@@ -285,7 +290,7 @@ class EventGptForConditionalGeneration(EventGptPreTrainedModel, GenerationMixin)
             pixel_values_events=pixel_values_events,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             event_features=event_features,
             **kwargs,
@@ -301,7 +306,7 @@ class EventGptForConditionalGeneration(EventGptPreTrainedModel, GenerationMixin)
         return EventGptOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{OUTPUT_CACHE: output_cache(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             event_hidden_states=outputs.event_hidden_states,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from specfuse.hf.cache_names import cache_argument
 from specfuse.ops.tree_attention import MAX_NODES, beats_dense_mask
 from specfuse.passes.attention import NAME as TREE_ATTENTION
 from specfuse.passes.attention import TreeMask
@@ -55,6 +56,7 @@ class TreeForward:
         self.parameters = inspect.signature(model.forward).parameters
         if "position_ids" not in self.parameters:
             raise ValueError(f"model {type(model).__name__}: forward takes no position_ids, trees need them")
+        self.cache_argument = cache_argument(model.forward)
         self.cache = TreeCache(self.config.num_hidden_layers, batch_size, capacity)
         self.max_position = max_position
         self.takes_tree = self.layout.implementation == TREE_ATTENTION and beats_dense_mask(
@@ -190,7 +192,7 @@ class TreeForward:
     def _call(self, keep: int | None = None, **inputs: Any) -> Tensor:
         if keep is not None and "logits_to_keep" in self.parameters:
             inputs["logits_to_keep"] = keep
-        inputs |= {"past_key_values": self.cache, "use_cache": True, "return_dict": True}
+        inputs |= {self.cache_argument: self.cache, "use_cache": True, "return_dict": True}
         if not self.keeps_states:
             output = self.model(**inputs)
         else:

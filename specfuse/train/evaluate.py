@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specfuse.data.world import FACTUAL, score
 from specfuse.data.world.score import read_answer
+from specfuse.hf.cache_names import OUTPUT_CACHE
 from specfuse.train.batches import prompt_end, prompt_start
 from specfuse.train.clip_store import Clips
 from specfuse.train.language import Features, repeat_cache, start_cache
@@ -136,7 +137,7 @@ def answer_behind(
             inputs_embeds=model.get_input_embeddings()(ids),
             attention_mask=seen,
             position_ids=positions,
-            past_key_values=cache,
+            **{OUTPUT_CACHE: cache},
             use_cache=True,
         ).last_hidden_state
         ids = model.lm_head(states[:, -1:]).argmax(-1).masked_fill(ended[:, None], tokenizer.pad_token_id)

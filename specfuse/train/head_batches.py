@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from specfuse.hf.cache_names import OUTPUT_CACHE
 from specfuse.train.batches import generator, prompt_end, prompt_start
 from specfuse.train.clip_store import Clips
 from specfuse.train.language import Features, repeat_cache, start_cache
@@ -107,7 +108,7 @@ class Teacher:
         # Padding is on the right, where causal attention does not look.
         states = self.model.model.language_model(
             inputs_embeds=self.model.get_input_embeddings()(ids.to(self.model.device)),
-            past_key_values=cache,
+            **{OUTPUT_CACHE: cache},
             use_cache=True,
         ).last_hidden_state
         return [row[: len(tokens)].half().cpu() for row, tokens in zip(states, texts, strict=True)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from specfuse.hf.cache_names import OUTPUT_CACHE
 from specfuse.train.batches import IGNORED, Rows, generator, pixels, prompt_start, rows
 from specfuse.train.build import FRAME_TOKENS, VIDEO_TOKENS
 from specfuse.train.clip_store import Clips
@@ -79,7 +80,7 @@ def run_start(language_model: Any, embeddings: Tensor, positions: Tensor) -> tup
     states = language_model(
         inputs_embeds=embeddings,
         position_ids=positions[None],
-        past_key_values=cache,
+        **{OUTPUT_CACHE: cache},
         use_cache=True,
         output_hidden_states=True,
     ).hidden_states
@@ -130,7 +131,7 @@ def text_states(model: PreTrainedModel, cache: Cache, start: int, ids: Tensor) -
     states: Tensor = model.model.language_model(
         inputs_embeds=model.get_input_embeddings()(ids),
         position_ids=torch.arange(start, start + ids.shape[1], device=ids.device)[None],
-        past_key_values=cache,
+        **{OUTPUT_CACHE: cache},
         use_cache=True,
     ).last_hidden_state
     return states

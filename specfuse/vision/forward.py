@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
+from specfuse.hf.cache_names import CACHE_NAMES, cache_argument, pop_cache
 from specfuse.models import VisualAdapter
 from specfuse.vision.fingerprint import ModelFingerprint
 from specfuse.vision.prefix import Bypass, Prefill, RowPrefix, find_prefixes, prefix_key
@@ -26,7 +27,7 @@ _CALL_NAMES = {
     "attention_mask",
     "position_ids",
     "cache_position",
-    "past_key_values",
+    *CACHE_NAMES,
     "logits_to_keep",
     "use_cache",
     "return_dict",
@@ -57,6 +58,7 @@ class CachedForward:
         self.fingerprint = ModelFingerprint(model)
         signature = inspect.signature(original)
         self._names = list(signature.parameters)
+        self.cache_argument = cache_argument(original)
         # generate() encodes pixels ahead of forward where forward says that it takes encoded ones; then no
         # clip could be recognised any more. Such arguments still work through **kwargs.
         kept = [p for name, p in signature.parameters.items() if name not in adapter.encoded_names]
@@ -135,7 +137,7 @@ class CachedForward:
         raise Bypass("logits wanted for the whole prompt")
 
     def _checked_cache(self, given: dict[str, Any]) -> Any:
-        past = given.get("past_key_values")
+        past = pop_cache(dict(given))
         if not given.get("use_cache", self.model.config.get_text_config().use_cache):
             raise Bypass("use_cache=False")
         if past is None:
@@ -254,7 +256,7 @@ class CachedForward:
             input_ids=call.input_ids,
             attention_mask=call.attention_mask,
             position_ids=call.position_ids,
-            past_key_values=call.past,
+            **{self.cache_argument: call.past},
             logits_to_keep=call.logits_to_keep,
             use_cache=True,
             return_dict=True,
