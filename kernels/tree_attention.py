@@ -317,7 +317,8 @@ _INTERPRETED = _Device(90, 4, 232_448)
 @lru_cache
 def _gpu(index: int) -> _Device:
     found = torch.cuda.get_device_properties(index)
-    shared = found.shared_memory_per_block_optin
+    # Not in the type stubs of every torch.
+    shared: int = getattr(found, "shared_memory_per_block_optin")  # noqa: B009
     return _Device(10 * found.major + found.minor, found.multi_processor_count, shared)
 
 

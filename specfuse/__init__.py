@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from specfuse.generate import SpeculativeGenerator as SpeculativeGenerator
     from specfuse.generate import custom_generate as custom_generate
     from specfuse.generate import generate as generate
+    from specfuse.model_check import Verdict as Verdict
+    from specfuse.model_check import check as check
     from specfuse.ops.adapter_cosine import AlignedScore as AlignedScore
     from specfuse.ops.adapter_cosine import adapter_cosine as adapter_cosine
     from specfuse.ops.compact_kv import compact_kv as compact_kv
@@ -68,7 +70,9 @@ _HOME = {
     "VideoSession": "specfuse.session",
     "VisionCache": "specfuse.vision.cache",
     "adapter_cosine": "specfuse.ops.adapter_cosine",
+    "Verdict": "specfuse.model_check",
     "auto_drafter": "specfuse.drafters",
+    "check": "specfuse.model_check",
     "compact_kv": "specfuse.ops.compact_kv",
     "custom_generate": "specfuse.generate",
     "generate": "specfuse.generate",

@@ -64,6 +64,20 @@ def check_config(config: GenerationConfig) -> None:
         )
 
 
+def check_mask(mask: Tensor | None) -> None:
+    """Raises ValueError for a mask whose last entry is 0: rows padded on the right.
+
+    ``model.generate`` goes on after the padding, at positions that depend on the class.
+    """
+    if mask is None or mask.dim() != 2 or not mask.shape[1] or bool((mask[:, -1] != 0).all()):
+        return
+    rows = (mask[:, -1] == 0).nonzero()[:, 0].tolist()
+    raise ValueError(
+        f"attention_mask ends in 0 in rows {rows[:8]} (right padding), which is not supported: pad on the "
+        "left, for example with tokenizer.padding_side = 'left'"
+    )
+
+
 def with_stop_strings(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Turns stop strings into a criterion: Hugging Face keeps the tokenizer from a custom decoding loop."""
     tokenizer = kwargs.pop("tokenizer", None)

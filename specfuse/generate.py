@@ -11,6 +11,7 @@ hook, so that every argument means here what it means there.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,13 +23,14 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specfuse.acceptance import AcceptanceRule, resolve_acceptance
 from specfuse.acceptance.walk import LOSSLESS, LossyWalk
 from specfuse.answers import Answers
-from specfuse.arguments import check_arguments, check_config, with_stop_strings
+from specfuse.arguments import check_arguments, check_config, check_mask, with_stop_strings
 from specfuse.drafters import Drafter, DraftState, resolve_drafter, root_only
 from specfuse.drafters.guard import leave_out_finished, without_foreign_tokens
 from specfuse.drafters.scenes import check_takes_events
 from specfuse.drafters.supervised import SupervisedDrafter
 from specfuse.exclusive import exclusive
 from specfuse.hf.cache_names import with_cache_name
+from specfuse.model_check import PlainOnly, require_one_rope, require_trees
 from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
 from specfuse.stats import Clock, GenerationStats
@@ -45,6 +47,7 @@ def generate(
     max_nodes: int | str = 32,
     graphs: bool | str = "auto",
     accept: AcceptanceRule | str = "exact",
+    check: bool = True,
     seed: int | Sequence[int] | Tensor | None = None,
     draft_inputs: Mapping[str, Tensor] | None = None,
     events: Any = None,
@@ -72,6 +75,9 @@ def generate(
             for each prompt, which ``num_return_sequences`` repeats, or for each answer.
         events: what an event camera saw, for a drafter that takes events (:class:`EventDrafter`): an
             EventStream, the path of an event file, a list with one for each row, or what ``see`` returned.
+        check: run :func:`specfuse.check` the first time a class and configuration is met that our tests do
+            not cover. A model that fails is decoded by ``model.generate``, with a warning; a drafter given as
+            an object raises instead.
         evidence: per row, token ids of another model's answer to the same question, or None; a hint to
             drafters.
         **kwargs: everything ``model.generate`` takes: model inputs, ``generation_config`` and its fields,
@@ -91,7 +97,9 @@ def generate(
         FloatingPointError: the model's logits leave no token to choose: NaN, all -inf (also where processors
             ban every token), or +inf when sampling.
     """
-    generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes, graphs=graphs, accept=accept)
+    generator = SpeculativeGenerator(
+        model, drafter, max_nodes=max_nodes, graphs=graphs, accept=accept, check=check
+    )
     return generator.generate(
         seed=seed, draft_inputs=draft_inputs, events=events, evidence=evidence, **kwargs
     )
@@ -103,6 +111,7 @@ def custom_generate(
     max_nodes: int | str = 32,
     graphs: bool | str = "auto",
     accept: AcceptanceRule | str = "exact",
+    check: bool = True,
     seed: int | Sequence[int] | Tensor | None = None,
     draft_inputs: Mapping[str, Tensor] | None = None,
     events: Any = None,
@@ -118,7 +127,9 @@ def custom_generate(
     def decode(
         model: PreTrainedModel, input_ids: Tensor, **prepared: Any
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        generator = SpeculativeGenerator(model, drafter, max_nodes=max_nodes, graphs=graphs, accept=accept)
+        generator = SpeculativeGenerator(
+            model, drafter, max_nodes=max_nodes, graphs=graphs, accept=accept, check=check
+        )
         request = {"seed": seed, "draft_inputs": draft_inputs, "events": events}
         request |= {"evidence": evidence, "streamer": streamer}
         return generator._decode(model, input_ids, request, **prepared)
@@ -133,7 +144,7 @@ class SpeculativeGenerator:
 
     Args:
         model: the target.
-        drafter, max_nodes, graphs, accept: as for :func:`generate`.
+        drafter, max_nodes, graphs, accept, check: as for :func:`generate`.
 
     Attributes:
         last_stats: :class:`GenerationStats` of the last finished call.
@@ -149,12 +160,14 @@ class SpeculativeGenerator:
         max_nodes: int | str = 32,
         graphs: bool | str = "auto",
         accept: AcceptanceRule | str = "exact",
+        check: bool = True,
     ):
         if max_nodes != "auto" and not (isinstance(max_nodes, int) and 1 <= max_nodes <= 1023):
             raise ValueError(f"max_nodes must be 'auto' or an int from 1 to 1023, got {max_nodes!r}")
         if graphs != "auto" and not isinstance(graphs, bool):
             raise ValueError(f"graphs must be 'auto', True or False, got {graphs!r}")
-        self.model, self.graphs = model, graphs
+        self.model, self.graphs, self.check = model, graphs, check
+        self.named = isinstance(drafter, Drafter)
         self.drafter = resolve_drafter(drafter, model)
         self.sizes_itself = max_nodes == "auto"
         self.max_nodes = LARGEST if isinstance(max_nodes, str) else max_nodes
@@ -187,7 +200,26 @@ class SpeculativeGenerator:
         shown = {name: x for name, x in kwargs.items() if name.startswith("pixel_values")}
         request["pixels"] = {**self.encoded_pixels, **shown}
         decode = functools.partial(_hand_over, generator=self, request=request)
-        return self.model.generate(inputs, custom_generate=decode, **kwargs)
+        try:
+            return self.model.generate(inputs, custom_generate=decode, **kwargs)
+        except PlainOnly as reason:
+            if self.named or self.rule is not None:
+                raise
+            return self._plain(inputs, kwargs, streamer, seed, reason)
+
+    def _plain(
+        self, inputs: Any, kwargs: dict[str, Any], streamer: Any, seed: Any, reason: PlainOnly
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """What ``model.generate`` gives without us; warns once for each reason."""
+        warnings.warn(f"decoding plainly with model.generate: {reason}", stacklevel=3)
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(int(torch.as_tensor(seed).flatten()[0]))
+            output = self.model.generate(inputs, streamer=streamer, **kwargs)
+        self.last_stats, self.last_acceptance = GenerationStats(drafting_stopped=str(reason)), LOSSLESS
+        if not isinstance(output, Tensor):
+            output.stats, output.acceptance = self.last_stats, dict(LOSSLESS)
+        return output
 
     def stream(
         self, requests: Iterable[Mapping[str, Any] | None], *, batch_size: int = 8, partial: bool = False
@@ -238,6 +270,11 @@ class SpeculativeGenerator:
         **model_kwargs: Any,
     ) -> GenerationRun:
         check_config(generation_config)
+        check_mask(model_kwargs.get("attention_mask"))
+        room = self.max_nodes if self.drafter is not None else 0
+        require_one_rope(model, generation_config.max_length + room)
+        if self.check:
+            require_trees(model)
         check_takes_events(self.drafter, request["events"])
         answers = Answers(input_ids, stopping_criteria, generation_config, request["streamer"])
         run = GenerationRun(

@@ -64,6 +64,12 @@ class GenerationRun:
         else:
             self._first_root = self.prompt_mask.sum(dim=1).to("cpu", torch.int64) - 1
         given = model_kwargs.get("position_ids")
+        if given is not None and given.dim() != 2:
+            raise ValueError(
+                f"model {type(model).__name__}: position_ids must be [B, {self.prompt_length}], got "
+                f"{tuple(given.shape)}; models with positions of several axes (M-RoPE) are not supported "
+                "yet, use model.generate"
+            )
         self._first_id = self._first_root if given is None else given[..., -1].to("cpu").expand(batch)
         last_id = int(self._first_id.max()) + longest if batch else 0
         self._new_target = functools.partial(TreeForward, model, batch, capacity, max_position=last_id)

@@ -48,6 +48,7 @@ class TreeCacheLayer(CacheLayerMixin):
         """Writes ``[B, G, q, D]`` new rows; returns the keys and values up to the longest row."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.cache.written += key_states.shape[-2]
         if self.cache.static_slots is not None:
             # Addresses and shapes that never change, so that the pass can be captured in a graph.
             row, slot = self.cache.static_slots
@@ -141,6 +142,7 @@ class TreeCache(Cache):
         self.ragged = False  # rows start at different slots
         self.static_slots: tuple[Tensor, Tensor] | None = None
         self.path_kept = False
+        self.written = 0  # slots written since a pass set it to 0, summed over layers
         self._slots: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._lengths_on_device: Tensor | None = None
         super().__init__(layers=[TreeCacheLayer(self) for _ in range(num_layers)])
@@ -181,6 +183,10 @@ class TreeCache(Cache):
         """Moves each row's accepted nodes behind its root: node path[b, i] to slot root_slots[b] + i."""
         if self.path_kept:
             return
+        if not all(layer.is_initialized for layer in self.layers):
+            raise RuntimeError(
+                "keep_path: a layer of the KV cache was never written, its path can not be kept"
+            )
         start = torch.tensor(root_slots, dtype=torch.int64, device=path.device)
         compact_kv(self.buffers(), path, length, start)
 

@@ -48,6 +48,11 @@ def mask_layout(model: PreTrainedModel, config: Any) -> MaskLayout:
             f"attn_implementation={TREE_ATTENTION!r} (fast for trees in float16 and bfloat16 on a GPU, sdpa "
             "elsewhere), 'sdpa' or 'eager'"
         )
+    if getattr(config, "alibi", False):
+        raise ValueError(
+            f"model {name} attends with alibi, which needs a padding mask and takes no tree mask: "
+            "use model.generate"
+        )
     kinds = set(getattr(config, "layer_types", None) or [])
     unknown = kinds - {"full_attention", "sliding_attention"}
     if unknown:

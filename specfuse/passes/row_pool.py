@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specfuse.hf.kv_layers import layers_with_kv
 from specfuse.passes.kv_cache import TreeCache, TreeCacheLayer
 from specfuse.passes.shared_prefix import SharedPrefix, SharedPrefixMask
 from specfuse.passes.tree_forward import TreeForward
@@ -78,7 +79,7 @@ class RowPool(TreeForward):
     def __init__(self, model: PreTrainedModel, max_rows: int, prefix: SharedPrefix | None = None):
         super().__init__(model, 0, 0)
         self.max_rows, self.prefix = max_rows, prefix
-        self.cache: _PooledCache = _PooledCache(self.config.num_hidden_layers)
+        self.cache: _PooledCache = _PooledCache(layers_with_kv(self.config))
         self.last_ids: list[int] = []
         if prefix is not None:
             if not self.shares_prefix:
@@ -88,7 +89,9 @@ class RowPool(TreeForward):
     @property
     def shares_prefix(self) -> bool:
         """Whether the model attends in a way that a shared prefix can be brought into."""
-        return self.layout.implementation != "eager" and not self.layout.windowed
+        # A layer without keys of its own would not know which of the prefix to read.
+        shared_kv = layers_with_kv(self.config) != self.config.num_hidden_layers
+        return self.layout.implementation != "eager" and not self.layout.windowed and not shared_kv
 
     def join(self, one: TreeForward, root_id: int) -> None:
         """Adds a last row: what a prefilled model of one row holds, its padding left out.

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from specfuse.hf.cache_names import cache_argument
+from specfuse.hf.kv_layers import layers_with_kv
 from specfuse.ops.tree_attention import MAX_NODES, beats_dense_mask
 from specfuse.passes.attention import NAME as TREE_ATTENTION
 from specfuse.passes.attention import TreeMask
@@ -57,7 +59,7 @@ class TreeForward:
         if "position_ids" not in self.parameters:
             raise ValueError(f"model {type(model).__name__}: forward takes no position_ids, trees need them")
         self.cache_argument = cache_argument(model.forward)
-        self.cache = TreeCache(self.config.num_hidden_layers, batch_size, capacity)
+        self.cache = TreeCache(layers_with_kv(self.config), batch_size, capacity)
         self.max_position = max_position
         self.takes_tree = self.layout.implementation == TREE_ATTENTION and beats_dense_mask(
             model.dtype, head_dim(self.config), self.device
@@ -193,12 +195,27 @@ class TreeForward:
         if keep is not None and "logits_to_keep" in self.parameters:
             inputs["logits_to_keep"] = keep
         inputs |= {self.cache_argument: self.cache, "use_cache": True, "return_dict": True}
+        self.cache.written = 0
         if not self.keeps_states:
             output = self.model(**inputs)
         else:
             with self._watched():
                 output = self.model(**inputs)
+        embeds = inputs.get("inputs_embeds")
+        nodes = (inputs["input_ids"] if embeds is None else embeds).shape[1]
+        if self.cache.written != nodes * len(self.cache.layers):
+            self._raise_unwritten(nodes)
         return output.logits if keep is None else output.logits[:, -keep:]
+
+    def _raise_unwritten(self, nodes: int) -> None:
+        """Refuses a pass whose keys and values are not in our cache: tokens after it would be wrong."""
+        raise RuntimeError(
+            f"model {type(self.model).__name__} (transformers {transformers.__version__}) wrote "
+            f"{self.cache.written} entries to the KV cache in a pass over {nodes} tokens, expected "
+            f"{nodes} in each of {len(self.cache.layers)} layers: it ignores the cache given as "
+            f"{self.cache_argument!r}, or keeps keys and values elsewhere. No token was emitted from this "
+            "pass; use model.generate for this model, or a tested version of transformers"
+        )
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -230,7 +247,11 @@ class TreeForward:
         batch = len(self.pads)
         if given is not None:
             if given.dim() != 2 or given.shape[1] != length:
-                raise ValueError(f"position_ids must be [B, {length}], got {tuple(given.shape)}")
+                raise ValueError(
+                    f"model {type(self.model).__name__}: position_ids must be [B, {length}], got "
+                    f"{tuple(given.shape)}; models with positions of several axes (M-RoPE) are not supported "
+                    "yet, use model.generate"
+                )
             return given.to(self.device).expand(batch, -1)
         positions = torch.arange(length, device=self.device)[None] - torch.tensor(
             self.pads, device=self.device

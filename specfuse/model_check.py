@@ -1,0 +1,213 @@
+"""Check of a model on itself: passes over trees must give the logits that `model.generate` gives."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from specfuse.hf.windows import ignores_window
+from specfuse.passes.tree_forward import TreeForward
+from specfuse.tree import TokenTree
+
+TESTED = frozenset(
+    {
+        "EventGptForConditionalGeneration",
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "VideoLlavaForConditionalGeneration",
+    }
+)
+"""Classes whose tokens our own tests compare with `model.generate`; they are not checked at first use."""
+
+_PROMPT, _NEW = 12, 5
+_LONGEST = 1024
+"""Tokens of a check's prompt, tokens decoded after it, and the longest prompt that a window may ask for."""
+
+# Mean error of the logits over their standard deviation. An error of masks, positions or cache costs tenths.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+
+_verdicts: dict[str, Verdict] = {}
+_lock = threading.Lock()
+
+
+class PlainOnly(ValueError):
+    """A model, or a call, that only `model.generate` decodes rightly; the text says why."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found.
+
+    Attributes:
+        trees: whether passes over trees gave the logits of `model.generate`.
+        reason: why not; empty where they did.
+        error: largest mean error of a node's logits, over their standard deviation; NaN where none was had.
+    """
+
+    trees: bool
+    reason: str = ""
+    error: float = float("nan")
+
+
+def check(model: PreTrainedModel, *, seed: int = 0) -> Verdict:
+    """Run a model on short random prompts and compare passes over trees with `model.generate`.
+
+    A prompt carries a first tree, its accepted path is compacted in the KV cache, and a second tree goes on
+    from there. Where the config has a sliding window, another prompt is longer than it.
+
+    Args:
+        model: a Hugging Face decoder-only model, in eval mode.
+        seed: of the prompts.
+
+    Returns:
+        A verdict. It never raises for what the model does.
+
+    Example:
+        >>> specfuse.check(model)
+        Verdict(trees=True, reason='', error=1.1e-07)
+    """
+    worst = 0.0
+    with torch.no_grad():
+        for length in _prompt_lengths(model):
+            try:
+                error = _error(model, length, seed)
+            except Exception as failure:
+                return Verdict(False, f"{type(failure).__name__}: {failure}")
+            worst = max(worst, error)
+            if not error <= _TOLERANCE.get(model.dtype, 0.1):
+                where = f"after a prompt of {length} tokens"
+                return Verdict(False, f"logits of a tree differ from those of model.generate {where}", error)
+    return Verdict(True, "", worst)
+
+
+def require_trees(model: PreTrainedModel) -> None:
+    """Check a model of a class and configuration that was not met before.
+
+    Raises:
+        PlainOnly: its trees give other logits than `model.generate`.
+    """
+    ours = type(model).__module__.startswith(("transformers.", "specfuse."))
+    if ours and type(model).__name__ in TESTED and not ignores_window(model):
+        return
+    key = _key(model)
+    with _lock:
+        verdict = _verdicts.get(key)
+    if verdict is None:
+        verdict = check(model)
+        with _lock:
+            _verdicts[key] = verdict
+    if not verdict.trees:
+        raise PlainOnly(
+            f"model {type(model).__name__} (transformers {transformers.__version__}) can not verify trees: "
+            f"{verdict.reason}. Use model.generate, or drafter='auto', which falls back to it"
+        )
+
+
+def require_one_rope(model: PreTrainedModel, longest: int) -> None:
+    """Refuse calls in which rope frequencies change with the length of a pass.
+
+    Args:
+        longest: tokens of the prompt, the longest answer and the largest tree.
+
+    Raises:
+        PlainOnly: a position may lie beyond the boundary at which a rope type changes its frequencies.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for rope in _ropes(getattr(config, "rope_parameters", None)):
+        if rope.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        boundary = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        boundary = boundary or config.max_position_embeddings
+        if longest > boundary:
+            raise PlainOnly(
+                f"model {type(model).__name__}: rope type {rope['rope_type']!r} changes its frequencies "
+                f"beyond {boundary} tokens, and this call may reach {longest}. Lower max_new_tokens or "
+                "max_nodes, or use model.generate"
+            )
+
+
+def _ropes(parameters: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(parameters, Mapping):
+        return []
+    nested = [rope for rope in parameters.values() if isinstance(rope, Mapping)]
+    return [parameters, *nested]
+
+
+def _key(model: PreTrainedModel) -> str:
+    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    return f"{type(model).__module__}.{type(model).__qualname__} {model.dtype} {implementation} {config}"
+
+
+def _prompt_lengths(model: PreTrainedModel) -> list[int]:
+    config = model.config.get_text_config(decoder=True)
+    windows = {getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window")}
+    most = getattr(config, "max_position_embeddings", None) or _LONGEST
+    longer = {
+        w + 3 for w in windows if isinstance(w, int) and w > 0 and w + 3 + 2 * _NEW <= min(most, _LONGEST)
+    }
+    return [_PROMPT, *sorted(longer - {_PROMPT})]
+
+
+def _error(model: PreTrainedModel, length: int, seed: int) -> float:
+    """Mean error of the worst node over the standard deviation of the logits."""
+    ids = _prompt(model, length, seed)
+    # The model's own end-of-sequence ids would cut the comparison short.
+    config = GenerationConfig(
+        max_new_tokens=_NEW,
+        min_new_tokens=_NEW,
+        do_sample=False,
+        num_beams=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+    )
+    output: Any = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    said, expected = output.sequences[0, length:].tolist(), [row[0] for row in output.logits]
+    vocabulary = expected[0].shape[-1]
+    target = TreeForward(model, 1, length + 4 * _NEW)
+    first = _tree(int(ids[0, -1]), said[:2], vocabulary)
+    found = target.prefill({"input_ids": ids}, None, first)[0, [0, 2, 4]]
+    path = torch.tensor([[0, 2, 4]], dtype=torch.int32, device=model.device)
+    target.commit(path, torch.tensor([3], dtype=torch.int32, device=model.device), [3])
+    second = _tree(said[2], said[3:4], vocabulary)
+    # said[2] stands at position length + 2.
+    again = target.forward_tree(second, torch.tensor([length + 2]))[0, [0, 2]]
+    rows = torch.cat([found, again]).double()
+    reference = torch.stack(expected[:5]).double().to(rows.device)
+    kept = reference.isfinite().all(dim=0)
+    difference = (rows - reference)[:, kept].abs().mean(dim=1)
+    return float((difference / reference[:, kept].std(dim=1).clamp(min=1e-12)).max())
+
+
+def _prompt(model: PreTrainedModel, length: int, seed: int) -> Tensor:
+    """``[1, length]`` random ids; none stands for pixels or sound, or ends a text."""
+    config = model.config.get_text_config(decoder=True)
+    special: set[int] = set()
+    for source in (model.config, config, model.generation_config):
+        for name, value in vars(source).items():
+            if name.endswith(("_id", "_index", "_ids")):
+                special |= {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
+    usable = [token for token in range(min(config.vocab_size, 4096)) if token not in special]
+    picks = torch.randint(len(usable), (length,), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor([[usable[i] for i in picks.tolist()]], device=model.device)
+
+
+def _tree(root: int, right: list[int], vocabulary: int) -> TokenTree:
+    """A wrong and a right child at every depth: node 2 d is the right one of depth d."""
+    tokens, parents = [root], [-1]
+    for depth, token in enumerate(right):
+        tokens += [(token + 1) % vocabulary, token]
+        parents += [2 * depth, 2 * depth]
+    return TokenTree.from_parents([tokens], [parents])
