@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from specfuse.hf.versions import outside_range
+
 PACKAGES = (
     "torch",
     "torchvision",
@@ -128,7 +130,7 @@ def import_errors() -> list[str]:
 
 def notes(native: dict[str, dict[str, Any]], devices: list[dict[str, Any]]) -> list[str]:
     """What works but could be faster, and what to do about it."""
-    found = []
+    found = [note for name in ("transformers", "torch") if (note := outside_range(name)) is not None]
     if not native["_C_cpu"]["imported"]:
         found.append(
             "no native CPU code, ops run on their eager reference: "

@@ -30,6 +30,7 @@ from specfuse.drafters.scenes import check_takes_events
 from specfuse.drafters.supervised import SupervisedDrafter
 from specfuse.exclusive import exclusive
 from specfuse.hf.cache_names import with_cache_name
+from specfuse.hf.versions import warn_if_untested
 from specfuse.model_check import PlainOnly, require_one_rope, require_trees
 from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
@@ -38,6 +39,8 @@ from specfuse.stream import AnswerStream
 from specfuse.tree import TokenTree
 from specfuse.tree_size import LARGEST, TreeSize, costs_of
 from specfuse.video_prompt import with_video
+
+warn_if_untested("transformers")
 
 
 def generate(

@@ -21,6 +21,7 @@ from specfuse.hf.cache_names import (
     pop_cache,
     with_cache_name,
 )
+from specfuse.hf.versions import outside_range, supported_range
 
 
 @pytest.fixture
@@ -61,11 +62,8 @@ def test_names_of_the_cache_stand_in_one_place_only() -> None:
         and path.parent.name != "hf"
         # EventGPT declares both names, as transformers' classes do; error texts quote the user's argument.
         and path.name not in ("eventgpt.py", "kv_cache.py", "test_hf_conventions.py")
-        and any(
-            mark in path.read_text() for mark in ('"past_key_values"', ".past_key_values", "past_key_values=")
-        )
-        and "tests" not in path.parts
-        and "benchmarks" not in path.parts
+        and not {"tests", "benchmarks"} & set(path.parts)
+        and any(mark in path.read_text() for mark in marks)
     ]
     assert offenders == []
 
@@ -217,3 +215,12 @@ def test_no_pass_crosses_a_boundary_of_rope_frequencies() -> None:
         specfuse.generate(
             model, specfuse.PromptLookupDrafter(), **prompt(), **OPTIONS | {"max_new_tokens": 60}
         )
+
+
+def test_the_installed_transformers_is_within_the_supported_range() -> None:
+    low, high = supported_range("transformers")
+    assert (low, high) == ("5.17", "5.25")
+    assert outside_range("transformers", "5.16.9") and outside_range("transformers", "5.25.0")
+    assert not outside_range("transformers", "5.17.0") and not outside_range("transformers", "5.24.3")
+    message = outside_range("transformers", "5.25.0")
+    assert message is not None and "transformers 5.25.0" in message and ">=5.17,<5.25" in message
