@@ -113,8 +113,17 @@ class Answers:
         done = token in self.eos or length >= self.max_length
         if len(self.others):
             ids = torch.tensor([self.sequence(row)], dtype=torch.int64, device=self.input_ids.device)
-            done |= bool(torch.as_tensor(self.others(ids, None)).any())
+            done |= bool(torch.as_tensor(self._criteria(ids)).any())
         return done
+
+    def _criteria(self, ids: Tensor) -> Any:
+        try:
+            return self.others(ids, None)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(
+                "stopping_criteria: a criterion failed with scores=None; criteria that read scores are not "
+                f"supported, use model.generate ({type(error).__name__}: {error})"
+            ) from error
 
     def stream(self) -> None:
         """Hands the streamer every column that all rows have reached."""

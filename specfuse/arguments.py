@@ -15,7 +15,6 @@ _REFUSED_ARGUMENTS = {
     "assistant_model": "pass drafter=specfuse.ModelDrafter(assistant_model)",
     "assistant_tokenizer": "drafters use the target's tokenizer",
     "custom_generate": "specfuse is itself a custom_generate",
-    "trust_remote_code": "no remote code is run",
     "negative_prompt_ids": "classifier-free guidance is not supported",
     "negative_prompt_attention_mask": "classifier-free guidance is not supported",
     "synced_gpus": "multi-process generation is not supported",
@@ -34,12 +33,11 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_mtp": ((None, False), "multi-token-prediction heads are not supported"),
     "output_attentions": ((None, False), "attention maps of a tree pass are not those of single steps"),
     "output_hidden_states": ((None, False), "hidden states are not collected"),
-    "use_cache": ((None, True), "the loop is built on the KV cache"),
+    # The other names only choose where keys and values lie, which changes no token.
     "cache_implementation": (
-        (None, "dynamic", "static"),
-        "the loop keeps its own preallocated cache",
+        (None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window", "hybrid_chunked"),
+        "keys and values stay on the device, unquantized: leave it out, or use model.generate",
     ),
-    "prefill_chunk_size": ((None,), "the prompt is prefilled in one pass"),
 }
 
 

@@ -196,6 +196,7 @@ class SpeculativeGenerator:
         """See :func:`generate`."""
         check_arguments(kwargs)
         streamer = kwargs.pop("streamer", None)
+        kwargs.pop("trust_remote_code", None)  # no remote code is run either way
         kwargs = with_cache_name(with_stop_strings(self.model, with_video(self.model, inputs, kwargs)))
         request = {"seed": seed, "draft_inputs": draft_inputs, "events": events}
         request |= {"evidence": evidence, "streamer": streamer}

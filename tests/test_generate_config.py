@@ -294,9 +294,7 @@ def test_generation_config_object_is_left_alone():
         {"prompt_lookup_num_tokens": 3},
         {"output_attentions": True, "return_dict_in_generate": True},
         {"output_hidden_states": True, "return_dict_in_generate": True},
-        {"use_cache": False},
         {"cache_implementation": "offloaded"},
-        {"prefill_chunk_size": 4},
         {"assistant_model": object()},
         {"negative_prompt_ids": torch.ones(1, 2)},
         {"custom_generate": "some/repo"},
@@ -378,3 +376,43 @@ def test_nan_logits_raise(batch, do_sample):
     model.lm_head.weight.data[5] = float("nan")
     with pytest.raises(FloatingPointError, match="row 0: the model's logits hold NaN"):
         specfuse.generate(model, None, **random_prompts(model, batch), max_new_tokens=4, do_sample=do_sample)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"use_cache": False}, {"prefill_chunk_size": 4}, {"cache_implementation": "sliding_window"}],
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_arguments_that_change_no_token_are_taken(kwargs):
+    model = tiny_llama(seed=0)
+    inputs = random_prompts(model, 1)
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    got = specfuse.generate(model, **inputs, max_new_tokens=8, do_sample=False, **kwargs)
+    assert torch.equal(got, expected)
+
+
+def test_a_criterion_that_reads_scores_is_refused_by_name():
+    class ReadsScores(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([bool(scores[-1].max() > 1e9)])
+
+    model = tiny_llama(seed=0)
+    criteria = StoppingCriteriaList([ReadsScores()])
+    with pytest.raises(ValueError, match=r"stopping_criteria: .* scores"):
+        specfuse.generate(model, **random_prompts(model, 1), max_new_tokens=4, stopping_criteria=criteria)
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_a_cache_that_holds_the_whole_prompt_is_refused_by_name(extra):
+    model = tiny_llama(seed=0)
+    inputs = random_prompts(model, 1)
+    longer = torch.cat([inputs["input_ids"], inputs["input_ids"][:, :extra]], dim=1)
+    with torch.no_grad():
+        past = output_cache(model(longer, use_cache=True))
+    # transformers 5.24 itself cuts such a cache back; where it does not, we say what is wrong.
+    try:
+        got = specfuse.generate(model, **inputs, **{GENERATE_CACHE: past}, max_new_tokens=4, do_sample=False)
+    except ValueError as error:
+        assert "past_key_values holds" in str(error)
+    else:
+        assert torch.equal(got, model.generate(**inputs, max_new_tokens=4, do_sample=False))

@@ -98,7 +98,7 @@ def run(arguments: Sequence[str]) -> int:
         # The reader of a pipe such as `specfuse ... | head` has left; Python must not flush into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, ArithmeticError, OSError) as error:
         if os.environ.get("SPECFUSE_DEBUG"):
             raise
         return _fail(_one_line(error), 2)

@@ -105,6 +105,11 @@ class TreeForward:
         filled = (
             self.cache.load(past, self.layout.window) if past is not None and past.get_seq_length() else 0
         )
+        if filled >= length:
+            raise ValueError(
+                f"past_key_values holds {filled} tokens and the prompt has {length}: the cache must "
+                f"hold fewer; crop it to {length - 1} tokens, or pass the whole conversation as input_ids"
+            )
         positions = self._prompt_positions(inputs, length)
         self._slot_offset = length - 1 - positions[:, -1:]
         drafted = 0 if tree is None else tree.width - 1
