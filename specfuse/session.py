@@ -29,6 +29,7 @@ from specfuse.passes.shared_prefix import SharedPrefix
 from specfuse.stats import GenerationStats
 from specfuse.stream import AnswerStream
 from specfuse.video_prompt import FIRST_TURN, NEXT_TURN, load_frames
+from specfuse.vision.fingerprint import ModelFingerprint
 from specfuse.vision.prefix_kv import LayerKV
 
 _RESERVED = {
@@ -114,6 +115,7 @@ class VideoSession:
         self._video = _EncodedVideo(model, load_frames(video, num_frames))
         self._ids: Tensor | None = None  # [1, S] everything said so far
         self._kv: LayerKV = {}  # of all of it but the last token
+        self._weights = b""  # what computed it
 
     def ask(self, question: str, **generate_kwargs: Any) -> Answer:
         """Continues the conversation with a question.
@@ -134,7 +136,7 @@ class VideoSession:
             ids, pixels = self._first_prompt(question)
             kv = self._video.prefix_kv(ids, pixels)
         else:
-            ids, kv = self._next_prompt(self._ids, question), self._kv
+            ids, kv = self._next_prompt(self._ids, question), self._said_kv()
         generator = SpeculativeGenerator(self.model, self.drafter, max_nodes=self.max_nodes)
         generator.encoded_pixels = self._video.pixels
         output: Any = generator.generate(
@@ -149,6 +151,7 @@ class VideoSession:
         answer = Answer(text, tokens, output.stats)
         self._ids = output.sequences
         self._kv = _first_slots(output_cache(output), output.sequences.shape[1] - 1)
+        self._weights = self._video.weights()
         self.history += ((question, answer),)
         return answer
 
@@ -238,7 +241,7 @@ class VideoSession:
     def _prompts(self, questions: Sequence[str]) -> tuple[list[Tensor], LayerKV]:
         """The prompts ``[1, S]`` that would follow what was said so far, and its KV."""
         if self._ids is not None:
-            return [self._next_prompt(self._ids, question) for question in questions], self._kv
+            return [self._next_prompt(self._ids, question) for question in questions], self._said_kv()
         first, pixels = self._first_prompt(questions[0])
         kv = self._video.prefix_kv(first, pixels)
         end = next(iter(kv.values()))[0].shape[2]
@@ -249,6 +252,13 @@ class VideoSession:
         if not torch.equal(self._behind_video(questions[0], first), first[:, end:]):
             return [self._first_prompt(question)[0] for question in questions], kv
         return prompts, kv
+
+    def _said_kv(self) -> LayerKV:
+        """KV of what was said so far; of the video alone where the model has changed since."""
+        assert self._ids is not None
+        if self._weights == self._video.weights():
+            return self._kv
+        return self._video.prefix_kv(self._ids, self._video.pixels)
 
     def _behind_video(self, question: str, like: Tensor) -> Tensor:
         """The first turn's tokens behind the last frame, int64 ``[1, n]``."""
@@ -272,9 +282,15 @@ class _EncodedVideo:
         self.adapter = adapter_for(model)
         self.visual_ids = list(self.adapter.visual_ids(model).values())
         self._lock = threading.Lock()
+        self._fingerprint = ModelFingerprint(model)
+        self._weights = b""  # what computed the KV
         self._prefix: Tensor | None = None
         self._kv: LayerKV = {}
         self.pixels: dict[str, Tensor] = {}
+
+    def weights(self) -> bytes:
+        """A fingerprint of the model's weights, adapters and configuration."""
+        return self._fingerprint.digest()
 
     def prefix_kv(self, ids: Tensor, pixels: dict[str, Tensor]) -> LayerKV:
         """KV of `ids` [1, S] up to the last visual token, computed at the first call."""
@@ -282,7 +298,9 @@ class _EncodedVideo:
         visual = torch.isin(ids[0], torch.tensor(self.visual_ids, device=ids.device)).nonzero()
         end = int(visual.max()) + 1
         with self._lock:
-            if self._prefix is None or not torch.equal(self._prefix, ids[:, :end]):
+            weights = self.weights()
+            known = self._prefix is not None and torch.equal(self._prefix, ids[:, :end])
+            if not known or weights != self._weights:
                 # One token more than the prefix: a patched model then finds the clip in its own cache.
                 prompt = ids[:, : end + 1]
                 with torch.no_grad():
@@ -295,6 +313,7 @@ class _EncodedVideo:
                         return_dict=True,
                         **pixels,
                     )
+                self._weights = weights
                 self._prefix, self._kv = ids[:, :end], _first_slots(output_cache(output), end)
             return self._kv
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specfuse.events import EventStream
+from specfuse.events import EventStream, load
 
 
 def stream(times: list[int], **columns: object) -> EventStream:
@@ -35,7 +37,10 @@ def test_columns_get_their_types() -> None:
         ({"x": [0, 8, 0]}, r"x\[1\] is 8, outside the sensor: width is 8"),
         ({"y": [0, 0, 6]}, r"y\[2\] is 6, outside the sensor: height is 6"),
         ({"p": [0, 1, 2]}, r"p\[2\] is 2: polarity must be 0 or 1"),
-        ({"p": [0, -1, 1]}, r"p\[1\] is -1: must be a whole number that fits uint8"),
+        (
+            {"p": [0, -1, 1]},
+            r"p\[0\] is 0 and p\[1\] is -1: polarity must be 0 and 1, or -1 and 1, not a mix",
+        ),
         ({"x": [0, 70000, 0]}, r"x\[1\] is 70000: must be a whole number that fits uint16"),
         ({"y": [0, 0.5, 0]}, r"y\[1\] is 0.5: must be a whole number that fits uint16"),
         ({"y": [0, float("nan"), 0]}, r"y\[1\] is nan"),
@@ -96,3 +101,27 @@ def test_by_index() -> None:
         events.split(0)
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         events.every(0)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int64, np.float32])
+def test_signed_polarity_is_read_as_zero_and_one(kind: type) -> None:
+    signs = np.array([-1, 1, 1, -1], kind)
+    four = np.arange(4)
+    events = EventStream(four, four, four, signs, 4, 4)
+    assert events.p.dtype == np.uint8 and events.p.tolist() == [0, 1, 1, 0]
+    assert EventStream(four, four, four, np.full(4, -1, kind), 4, 4).p.tolist() == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match=r"p\[2\] is 0.*polarity must be 0 and 1, or -1 and 1, not a mix"):
+        EventStream(four, four, four, np.array([-1, 1, 0, 1], kind), 4, 4)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.float32])
+def test_narrow_columns_of_a_file_without_a_size(kind: type, tmp_path: Path) -> None:
+    columns = {"x": np.arange(100) % 34, "y": np.arange(100) % 30, "p": np.arange(100) % 2}
+    np.savez(tmp_path / "e.npz", t=np.arange(100), **{k: v.astype(kind) for k, v in columns.items()})
+    events = load(tmp_path / "e.npz")
+    assert (events.width, events.height) == (34, 30)
+    assert events.x.tolist() == columns["x"].tolist()
+    highest = 300 if kind is np.float32 else min(np.iinfo(kind).max, 40_000)
+    edge = {"x": np.array([highest], kind), "y": np.zeros(1, kind), "p": np.zeros(1)}
+    np.savez(tmp_path / "edge.npz", t=np.zeros(1), **edge)
+    assert load(tmp_path / "edge.npz").width == highest + 1

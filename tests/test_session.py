@@ -90,6 +90,25 @@ def test_video_is_encoded_once_and_no_token_is_forwarded_twice(model: Any, proce
     assert sum(tokens for _, tokens in work.passes) == shared + 1 + alone
 
 
+def test_kv_of_other_weights_is_not_used(model: Any, processor: Any) -> None:
+    session = VideoSession(model, processor, clip())
+    session.ask("What is this?", max_new_tokens=6, do_sample=False)
+    stale = session.fork().ask("And now?", max_new_tokens=NEW, do_sample=False)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    branch = session.fork()
+    answer = branch.ask("And now?", max_new_tokens=NEW, do_sample=False)
+    assert answer.tokens == uncached_answer(model, processor, branch, answer)
+    assert answer.tokens != stale.tokens
+    assert session.ask_many(["And now?"], max_new_tokens=NEW, do_sample=False)[0].tokens == answer.tokens
+    fresh = VideoSession(model, processor, clip()).ask("Why?", max_new_tokens=NEW, do_sample=False)
+    old = VideoSession(model, processor, clip())
+    old._video = session._video
+    assert old.ask("Why?", max_new_tokens=NEW, do_sample=False).tokens == fresh.tokens
+
+
 def test_forks_are_independent(model: Any, processor: Any) -> None:
     session = VideoSession(model, processor, clip(), "lookup")
     session.ask("What is happening?", max_new_tokens=NEW)

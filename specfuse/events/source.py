@@ -70,7 +70,7 @@ class EventFile:
             return self.size
         # NaN is passed over here, and what is no place on any sensor: EventStream names it.
         height, width = (
-            int(np.fmin(np.fmax.reduce(self.columns[name][:], initial=0), 65535)) + 1 for name in "yx"
+            int(min(np.fmax.reduce(self.columns[name][:], initial=0).item(), 65535)) + 1 for name in "yx"
         )
         return height, width
 

@@ -131,6 +131,8 @@ def _column(name: str, values: np.ndarray, kind: type, length: int) -> np.ndarra
         return values
     if values.dtype.kind not in "iubf":
         raise ValueError(f"{name} must hold numbers, got {values.dtype}")
+    if name == "p" and (values == -1).any():
+        values = _signed_polarity(values)
     info = np.iinfo(kind)
     # NaN and infinity compare false with everything.
     wrong = ~((values >= info.min) & (values <= info.max) & (values == np.floor(values)))
@@ -140,6 +142,17 @@ def _column(name: str, values: np.ndarray, kind: type, length: int) -> np.ndarra
             f"{name}[{i}] is {values[i]}: must be a whole number that fits {np.dtype(kind).name}"
         )
     return values.astype(kind)
+
+
+def _signed_polarity(values: np.ndarray) -> np.ndarray:
+    """Polarity -1 and 1 (MVSEC, ESIM, tonic) as 0 and 1."""
+    wrong = (values != -1) & (values != 1)
+    if wrong.any():
+        i, j = int(np.argmax(wrong)), int(np.argmax(values == -1))
+        raise ValueError(
+            f"p[{i}] is {values[i]} and p[{j}] is -1: polarity must be 0 and 1, or -1 and 1, not a mix"
+        )
+    return values == 1
 
 
 def _inside(name: str, values: np.ndarray, limit: int, side: str) -> None:
