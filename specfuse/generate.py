@@ -31,7 +31,7 @@ from specfuse.drafters.supervised import SupervisedDrafter
 from specfuse.exclusive import exclusive
 from specfuse.hf.cache_names import with_cache_name
 from specfuse.hf.versions import warn_if_untested
-from specfuse.model_check import PlainOnly, require_one_rope, require_trees
+from specfuse.model_check import PlainOnly, require_known_inputs, require_one_rope, require_trees
 from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
 from specfuse.stats import Clock, GenerationStats
@@ -277,6 +277,7 @@ class SpeculativeGenerator:
         check_mask(model_kwargs.get("attention_mask"))
         room = self.max_nodes if self.drafter is not None else 0
         require_one_rope(model, generation_config.max_length + room)
+        require_known_inputs(model, input_ids, model_kwargs)
         if self.check:
             require_trees(model)
         check_takes_events(self.drafter, request["events"])

@@ -28,6 +28,9 @@ TESTED = frozenset(
 )
 """Classes whose tokens our own tests compare with `model.generate`; they are not checked at first use."""
 
+_PER_TOKEN = frozenset({"input_ids", "attention_mask", "position_ids", "inputs_embeds"})
+"""Inputs per token that passes over trees extend."""
+
 _PROMPT, _NEW = 12, 5
 _LONGEST = 1024
 """Tokens of a check's prompt, tokens decoded after it, and the longest prompt that a window may ask for."""
@@ -95,8 +98,7 @@ def require_trees(model: PreTrainedModel) -> None:
     Raises:
         PlainOnly: its trees give other logits than `model.generate`.
     """
-    ours = type(model).__module__.startswith(("transformers.", "specfuse."))
-    if ours and type(model).__name__ in TESTED and not ignores_window(model):
+    if is_tested(model):
         return
     key = _key(model)
     with _lock:
@@ -107,9 +109,38 @@ def require_trees(model: PreTrainedModel) -> None:
             _verdicts[key] = verdict
     if not verdict.trees:
         raise PlainOnly(
-            f"model {type(model).__name__} (transformers {transformers.__version__}) can not verify trees: "
+            f"model {type(model).__name__} (transformers {transformers.__version__}) does not support trees: "
             f"{verdict.reason}. Use model.generate, or drafter='auto', which falls back to it"
         )
+
+
+def is_tested(model: PreTrainedModel) -> bool:
+    """Return whether our own tests compare this class with `model.generate`, as it is configured here."""
+    ours = type(model).__module__.startswith(("transformers.", "specfuse."))
+    # PEFT replaces this method on the instance: prompt and prefix tuning rewrite the inputs in it.
+    rewired = "prepare_inputs_for_generation" in vars(model)
+    return ours and type(model).__name__ in TESTED and not rewired and not ignores_window(model)
+
+
+def require_known_inputs(model: PreTrainedModel, input_ids: Tensor, inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs with one entry per prompt token, which tree nodes would need as well.
+
+    Args:
+        input_ids: ``[B, P]``.
+        inputs: the model's inputs besides ids, mask, cache and positions.
+
+    Raises:
+        PlainOnly: an integer or bool tensor ``[B, P, ...]`` (``token_type_ids``, ...), or ``labels``.
+    """
+    for name, value in inputs.items():
+        if name in _PER_TOKEN or not isinstance(value, Tensor) or name.startswith(("pixel_values", "event_")):
+            continue
+        whole = not value.is_floating_point() and value.dim() > 1 and value.shape[:2] == input_ids.shape
+        if whole or name == "labels":
+            raise PlainOnly(
+                f"model {type(model).__name__}: {name} {tuple(value.shape)} holds an entry per prompt token; "
+                "draft trees would need one too, which is not supported: leave it out, or use model.generate"
+            )
 
 
 def require_one_rope(model: PreTrainedModel, longest: int) -> None:
@@ -147,6 +178,9 @@ def _ropes(parameters: Any) -> list[Mapping[str, Any]]:
 def _key(model: PreTrainedModel) -> str:
     implementation = model.config.get_text_config(decoder=True)._attn_implementation
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    if owner is not None:
+        config += f"{type(owner).__name__} {getattr(owner, 'active_peft_config', '')}"
     return f"{type(model).__module__}.{type(model).__qualname__} {model.dtype} {implementation} {config}"
 
 

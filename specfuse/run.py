@@ -18,6 +18,7 @@ from specfuse.drafters.guard import leave_out_finished
 from specfuse.drafters.scenes import rows_of_events
 from specfuse.drafters.supervised import SupervisedDrafter
 from specfuse.hf.cache_names import GENERATE_CACHE, pop_cache
+from specfuse.model_check import is_tested
 from specfuse.ops.verify_tree import AcceptedPath
 from specfuse.passes.carried_rows import CarriedRows
 from specfuse.passes.out_of_memory import is_out_of_memory
@@ -53,6 +54,9 @@ class GenerationRun:
         for handled in ("use_cache", "logits_to_keep"):
             model_kwargs.pop(handled, None)
         self.inputs = {"input_ids": answers.input_ids, **model_kwargs}
+        # An untested class may build a mask of its own from pixels (image spans that attend both ways).
+        more = model_kwargs.keys() - {"position_ids", "inputs_embeds"}
+        self.own_prompt_mask = not is_tested(model) and any(model_kwargs[name] is not None for name in more)
         embeds = model_kwargs.get("inputs_embeds")
         self.prompt_length = answers.input_ids.shape[1] if embeds is None else embeds.shape[1]
         batch = answers.input_ids.shape[0]
@@ -209,7 +213,8 @@ class GenerationRun:
 
     def prefill(self, tree: TokenTree) -> tuple[Tensor, TokenTree]:
         """The first pass: logits and the tree it carried, the roots alone where memory ran out."""
-        if tree.width > 1 and self.prompt_length + tree.width > MAX_MASKED_PREFILL:
+        alone = self.prompt_length + tree.width > MAX_MASKED_PREFILL or self.own_prompt_mask
+        if tree.width > 1 and alone:
             tree = leave_out_finished(root_only(self.state), self.state)
         drafts = tree if tree.width > 1 else None
         try:
@@ -332,7 +337,8 @@ def on_host(accepted: AcceptedPath) -> tuple[list[list[int]], list[int], list[in
 
 
 def visual_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Ids that stand for pixels in a prompt (``image_token_id``, ``video_token_id`` of the config)."""
-    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+    """Ids that stand for pixels or sound in a prompt (``image_token_id`` and the like of the config)."""
+    kinds = ("image", "video", "audio")
+    names = [f"{kind}_token_{end}" for kind in kinds for end in ("id", "index")]
     found = {getattr(model.config, name, None) for name in names}
     return frozenset(token for token in found if isinstance(token, int))

@@ -184,7 +184,7 @@ def test_a_class_that_fails_its_check_is_decoded_plainly(model: LlamaForCausalLM
     with pytest.warns(UserWarning, match="decoding plainly with model.generate: model Renamed"):
         got = specfuse.generate(model, **prompt(), **OPTIONS)
     assert torch.equal(got, expected)
-    with pytest.raises(ValueError, match=r"model Renamed .*can not verify trees"):
+    with pytest.raises(ValueError, match=r"model Renamed .*does not support trees"):
         specfuse.generate(model, specfuse.PromptLookupDrafter(), **prompt(), **OPTIONS)
 
 
