@@ -7,7 +7,6 @@ import weakref
 from typing import Any
 
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
-_CREATING = threading.Lock()
 
 
 def exclusive(model: Any) -> threading.RLock:
@@ -15,8 +14,5 @@ def exclusive(model: Any) -> threading.RLock:
 
     A thread that holds it may take it again, so that a stopping criterion can ask the model something.
     """
-    with _CREATING:
-        lock = _LOCKS.get(model)
-        if lock is None:
-            lock = _LOCKS[model] = threading.RLock()
-        return lock
+    # One step of the dictionary below: no lock that an interrupt could leave taken.
+    return _LOCKS.setdefault(model, threading.RLock())

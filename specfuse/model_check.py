@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,6 @@ _LONGEST = 1024
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
 _verdicts: dict[str, Verdict] = {}
-_lock = threading.Lock()
 
 
 class PlainOnly(ValueError):
@@ -101,12 +99,9 @@ def require_trees(model: PreTrainedModel) -> None:
     if is_tested(model):
         return
     key = _key(model)
-    with _lock:
-        verdict = _verdicts.get(key)
+    verdict = _verdicts.get(key)
     if verdict is None:
-        verdict = check(model)
-        with _lock:
-            _verdicts[key] = verdict
+        verdict = _verdicts[key] = check(model)
     if not verdict.trees:
         raise PlainOnly(
             f"model {type(model).__name__} (transformers {transformers.__version__}) does not support trees: "
