@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from pathlib import Path
 
 import numpy as np
 
 from specfuse.data.video import decoded_frames
+from specfuse.data.video_file import picture, shown_size
+from specfuse.data.video_open import checked_path
 from specfuse.events.simulate import Sensor, simulate
 from specfuse.events.stream import EventStream
 
@@ -24,6 +24,7 @@ def simulate_video(
 ) -> EventStream:
     """Events of a sensor that sees what the video shows, from its first frame on, at the frames' own times.
 
+    Frames are turned as the file's display matrix tells; damaged packets are passed over with a warning.
     Between frames the logarithm of the brightness is taken as a straight line: motion of many pixels from one
     frame to the next becomes a fade. Videos of 100 frames a second and more do well.
 
@@ -43,19 +44,17 @@ def simulate_video(
     """
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds must be above 0, got {seconds}")
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, "no such video file", str(path))
+    path = checked_path(path)
     pictures: list[np.ndarray] = []
     times: list[float] = []
     for frame in decoded_frames(path):
-        size = size or (frame.height, frame.width)
+        size = size or shown_size(frame)
         at = len(times) / UNTIMED_FPS if frame.time is None else float(frame.time)
         if times and at <= times[-1]:
             continue  # a frame at the time of another one tells nothing
         if times and seconds is not None and at - times[0] > seconds:
             break
-        pictures.append(frame.to_ndarray(format="gray", width=size[1], height=size[0]))
+        pictures.append(picture(frame, "gray", size))
         times.append(at)
     if len(pictures) < 2:
         within = "" if seconds is None else f" in its first {seconds} seconds"
