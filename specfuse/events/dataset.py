@@ -7,6 +7,7 @@ read them with the processes of a ``torch.utils.data.DataLoader``.
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections import OrderedDict, deque
@@ -110,7 +111,8 @@ def cut(
     Raises:
         ValueError: a duration or step below 1, or a file that is not valid.
     """
-    step_us = duration_us if step_us is None else step_us
+    duration_us = operator.index(duration_us)
+    step_us = duration_us if step_us is None else operator.index(step_us)
     if duration_us < 1 or step_us < 1:
         raise ValueError(f"duration_us and step_us must be at least 1, got {duration_us} and {step_us}")
     windows = []

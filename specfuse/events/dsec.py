@@ -34,9 +34,12 @@ def open_dsec(path: str) -> EventFile:
     try:
         columns = {name: _column(file, path, f"events/{name}") for name in "xytp"}
         index = _column(file, path, "ms_to_idx")[:] if "ms_to_idx" in file else None
-        offset = int(file["t_offset"][()]) if "t_offset" in file else 0
+        if index is not None and index.dtype.kind not in "iu":
+            raise ValueError(f"{path}: ms_to_idx must hold whole numbers, got {index.dtype}")
+        offset = _number(path, "t_offset", file["t_offset"][()]) if "t_offset" in file else 0
         given = [file["events"].attrs.get(side) for side in ("height", "width")]
-        size = SENSOR if None in given else (int(given[0]), int(given[1]))
+        height, width = (_number(path, "the sensor's size", side or 0) for side in given)
+        size = SENSOR if None in given else (height, width)
         return EventFile(path, "hdf5", columns, size, offset, index, file.close)
     except (OSError, TypeError, ValueError) as error:
         file.close()
@@ -116,6 +119,14 @@ def _column(file: Any, path: str, name: str) -> _Column:
     if len(getattr(dataset, "shape", ())) != 1 or dataset.dtype.kind not in "iubf":
         raise ValueError(f"{path}: {name} must be a one-dimensional array of numbers, got {dataset}")
     return _Column(dataset, path)
+
+
+def _number(path: str, name: str, value: Any) -> int:
+    """A single whole number."""
+    number = np.asarray(value)
+    if number.size == 1 and number.dtype.kind in "iuf" and float(number.item()).is_integer():
+        return int(number.item())
+    raise ValueError(f"{path}: {name} must be one whole number, got {value}")
 
 
 def _h5py() -> Any:

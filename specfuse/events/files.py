@@ -28,8 +28,9 @@ def open_events(
 ) -> EventFile:
     """Opens a recording for reading slices; to be closed, or used in a ``with`` block.
 
-    An ``.npz`` that is not compressed and DSEC's HDF5 are read where a slice needs them. The other formats
-    are read whole, into memory.
+    Slices are read where they lie, and a slice takes memory for itself alone: of DSEC's HDF5 and of an
+    ``.npz`` that is not compressed at once, of the other formats after the file was gone through once. An
+    ``.npy`` is read whole, into memory.
 
     Args:
         path: the file.
@@ -80,7 +81,8 @@ def load(
         size: ``(height, width)`` of the sensor, see ``open_events``.
 
     Returns:
-        The events, checked: times never decrease, places lie on the sensor, polarities are 0 or 1.
+        The events, checked: times never decrease, places lie on the sensor, polarities are 0 or 1 (of a file
+        with -1 and 1, 0 and 1).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -90,7 +92,8 @@ def load(
     with open_events(path, format, size=size) as file:
         events = file.read(start_us, end_us)
         # A mapped file that somebody shortens would take the process down.
-        x, y, t, p = (getattr(events, name).copy() for name in "xytp")
+        columns = (getattr(events, name) for name in "xytp")
+        x, y, t, p = (column if column.flags.owndata else column.copy() for column in columns)
         return EventStream(x, y, t, p, events.width, events.height)
 
 
@@ -141,4 +144,6 @@ def recognise(path: str | os.PathLike[str]) -> str:
         what = f"a Prophesee file of encoding {told}" if told else "a Prophesee file that names no encoding"
     else:
         what = "empty" if not first else f"none of these formats (first bytes {first[:4]!r})"
+        if first and Path(path).suffix.lower() == ".dat":
+            what += ", unless it is a DAT file without a header, which format='dat' reads"
     raise ValueError(f"{path} is {what}; read are {', '.join(FORMATS)}")

@@ -6,6 +6,7 @@ torch on its device and return tensors. Everything has one plane per polarity or
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -74,6 +75,7 @@ def voxel_grid(
 
     Source: Zhu et al. 2019, "Unsupervised Event-based Learning of Optical Flow, Depth, and Egomotion".
     """
+    bins = operator.index(bins)
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     start, stop = _span(events, start_us, stop_us)
@@ -152,8 +154,10 @@ def _span(events: EventStream | EventTensors, start_us: int | None, stop_us: int
     """The two times, the events' own where None; all events must lie between them."""
     origin = events.origin_us if isinstance(events, EventTensors) else 0
     first, last = (int(events.t[0]) + origin, int(events.t[-1]) + origin) if len(events) else (0, 0)
-    start = first if start_us is None else start_us
-    stop = max(last, start) if stop_us is None else stop_us
+    # NumPy's narrow numbers overflow in differences, its unsigned ones make floats of times.
+    given = [time.item() if isinstance(time, np.generic) else time for time in (start_us, stop_us)]
+    start = first if given[0] is None else given[0]
+    stop = max(last, start) if given[1] is None else given[1]
     if len(events) and (first < start or last > stop):
         raise ValueError(
             f"events from {first} to {last} us do not lie between the times given, {start} and {stop} us"

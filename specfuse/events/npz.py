@@ -1,6 +1,7 @@
 """Events in ``.npz``: arrays x, y, t, p and, where known, width and height.
 
 What ``numpy.savez`` wrote is not compressed: such arrays are mapped into memory and read where they are used.
+Compressed ones are unpacked piece by piece, and what is not asked for is dropped.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import os
 import struct
 import zipfile
 import zlib
+from bisect import bisect_left
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -19,6 +22,8 @@ from specfuse.events.source import EventFile
 from specfuse.events.stream import EventStream
 
 ALIGNMENT = 64  # bytes; torch and vector instructions like it
+BLOCK = 1 << 16  # numbers unpacked at a time
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, RuntimeError)
 PADDING = 0xD935  # id of the extra field that Android's zipalign pads archives with
 
 
@@ -30,7 +35,7 @@ def open_npz(path: str) -> EventFile:
     """
     try:
         columns = _members(path, {"x", "y", "t", "p", "width", "height"})
-    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, RuntimeError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path} is not a whole .npz file (truncated?): {error}") from None
     missing = [name for name in "xytp" if name not in columns]
     if missing:
@@ -51,7 +56,7 @@ def write_npz(path: str | os.PathLike[str], stream: EventStream, compress: bool 
     Args:
         path: of the file; replaced when it is complete.
         stream: E events.
-        compress: a third of the size, but then slices cannot be read without reading all.
+        compress: a third of the size, but then a slice cannot be read without going through all before it.
     """
     columns = {"x": stream.x, "y": stream.y, "t": stream.t, "p": stream.p}
     columns |= {"width": np.array(stream.width), "height": np.array(stream.height)}
@@ -72,8 +77,8 @@ def write_npz(path: str | os.PathLike[str], stream: EventStream, compress: bool 
         part.unlink(missing_ok=True)
 
 
-def _members(path: str, wanted: set[str]) -> dict[str, np.ndarray]:
-    found = {}
+def _members(path: str, wanted: set[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
@@ -84,9 +89,13 @@ def _members(path: str, wanted: set[str]) -> dict[str, np.ndarray]:
                     found[name] = _mapped(path, file, member)
                 else:
                     with archive.open(member) as stream:
-                        check_bytes(stream, member.file_size)
-                    with archive.open(member) as stream:
-                        found[name] = np.lib.format.read_array(stream, allow_pickle=False)
+                        shape, _, dtype = check_bytes(stream, member.file_size)
+                    packed = _Packed(path, member.filename, shape[0] if shape else 1, dtype)
+                    if len(shape) == 1:
+                        found[name] = packed
+                    else:
+                        with archive.open(member) as stream:
+                            found[name] = np.lib.format.read_array(stream, allow_pickle=False)
             except ValueError as error:
                 raise ValueError(f"{path}: {name} is no readable array: {error}") from None
     return found
@@ -104,6 +113,59 @@ def _mapped(path: str, file: IO[bytes], member: zipfile.ZipInfo) -> np.ndarray:
     if not count or not shape:
         return np.frombuffer(file.read(count * dtype.itemsize), dtype).reshape(shape)
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+class _Packed:
+    """An array of ``[E]`` in an archive, unpacked when it is asked for; what is not asked for is dropped."""
+
+    def __init__(self, path: str, member: str, length: int, dtype: np.dtype) -> None:
+        self._path, self._member, self._length, self.dtype = path, member, length, dtype
+        self.shape, self.ndim = (length,), 1
+
+    def __len__(self) -> int:
+        return self._length
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The array in pieces, in turn."""
+        try:
+            with zipfile.ZipFile(self._path) as archive, archive.open(self._member) as stream:
+                read_header(stream)
+                left = self._length
+                while left:
+                    count = min(left, BLOCK)
+                    data = stream.read(count * self.dtype.itemsize)
+                    if len(data) < count * self.dtype.itemsize:
+                        raise EOFError(f"{self._member} ends early")
+                    left -= count
+                    yield np.frombuffer(data, self.dtype)
+                stream.read(1)  # the check of all that was read comes at the end
+        except BROKEN as error:
+            raise ValueError(f"{self._path} is not a whole .npz file (truncated?): {error}") from None
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            number = range(self._length)[index]
+            return self[number : number + 1][0]
+        start, stop, step = index.indices(self._length)
+        taken = np.empty(max(stop - start, 0), self.dtype)
+        begin = 0
+        for block in self.blocks():
+            first, last = max(start - begin, 0), min(stop - begin, len(block))
+            if first < last:
+                taken[begin + first - start : begin + last - start] = block[first:last]
+            begin += len(block)
+            if self._length > begin >= stop:  # the last block's end checks all of them
+                break
+        return taken[::step]
+
+    def first_at(self, time: float) -> int:
+        """Number of the first of rising values at or after ``time``."""
+        begin = 0
+        for block in self.blocks():
+            if block[-1] >= time:
+                return begin + bisect_left(block, time, key=lambda value: value.item())
+            begin += len(block)
+        return begin
 
 
 def check_bytes(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype]:

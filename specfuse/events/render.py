@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -57,6 +58,7 @@ def render_eventgpt(
 
     Source: EventGPT (Liu et al. 2025), ``generate_event_image``.
     """
+    num_images = operator.index(num_images)
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     pieces: list[Any] = list(stream.split(num_images))
@@ -76,7 +78,7 @@ def _canvas(piece: EventStream | EventTensors, number: int, size: Size) -> tuple
                 f"piece {number} holds no events: its size cannot be inferred, give size=(height, width)"
             )
         return needed
-    height, width = size
+    height, width = (operator.index(side) for side in size)  # products of narrow numbers overflow
     if height < max(needed[0], 1) or width < max(needed[1], 1):
         raise ValueError(f"size {size} is too small: events of piece {number} need {needed}")
     return height, width

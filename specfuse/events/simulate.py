@@ -190,5 +190,8 @@ def _check(brightness: np.ndarray, times_us: np.ndarray) -> None:
     if not (np.diff(times_us) > 0).all():
         i = int(np.argmax(~(np.diff(times_us) > 0))) + 1
         raise ValueError(f"times_us must rise, but times_us[{i}] = {times_us[i]} follows {times_us[i - 1]}")
+    if not (np.abs(times_us) < 2.0**53).all():
+        i = int(np.argmax(~(np.abs(times_us) < 2.0**53)))
+        raise ValueError(f"times_us[{i}] is {times_us[i]}: must be a number of microseconds below 2^53")
     if not ((brightness >= 0) & (brightness <= 255)).all():
         raise ValueError("brightness must be 0 to 255 everywhere")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from specfuse.events.stream import EventStream
+from specfuse.events.stream import EventStream, first_at, whole
+
+BLOCK = 1 << 20  # events looked at together in the search for the largest coordinate
 
 
 @dataclass
@@ -22,10 +23,13 @@ class EventFile:
     Args:
         path: of the file, for messages.
         format: its name in ``specfuse.events.FORMATS``.
-        columns: x, y, t and p, ``[E]`` each: anything with a length and slices that are arrays. ``t`` counts
-            microseconds after ``offset_us``.
+        columns: x, y, t and p, ``[E]`` each: anything with a length and slices that are arrays, and perhaps
+            with ``first_at(time)``, ``largest`` or ``blocks()`` of its own. ``t`` counts microseconds after
+            ``offset_us``.
         size: ``(height, width)`` of the sensor; None where the file does not tell: then the largest
             coordinates of the whole file decide.
+        take: x, y, t and p of the events from one number up to another, where that is cheaper than a slice
+            of each column.
         offset_us: added to ``t``.
         ms_to_idx: number of the first event at or after every millisecond of ``t``, if the file has it.
         release: closes what the columns are read from.
@@ -38,10 +42,15 @@ class EventFile:
     offset_us: int = 0
     ms_to_idx: np.ndarray | None = None
     release: Callable[[], object] = field(default=lambda: None, repr=False)
+    take: Callable[[int, int], list[np.ndarray]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.size is not None:
+            if len(self.size) != 2:
+                raise ValueError(f"size must be (height, width), got {self.size!r}")
+            self.size = whole("height", self.size[0]), whole("width", self.size[1])
         for name, column in self.columns.items():
-            if isinstance(column, np.ndarray) and column.ndim != 1:
+            if getattr(column, "ndim", 1) != 1:
                 raise ValueError(f"{self.path}: {name} must be one-dimensional, got shape {column.shape}")
         lengths = {name: len(column) for name, column in self.columns.items()}
         if len(set(lengths.values())) > 1:
@@ -68,21 +77,23 @@ class EventFile:
         """``(height, width)``, the file's or the largest coordinates' of the whole file."""
         if self.size is not None:
             return self.size
-        # NaN is passed over here, and what is no place on any sensor: EventStream names it.
-        height, width = (
-            int(min(np.fmax.reduce(self.columns[name][:], initial=0).item(), 65535)) + 1 for name in "yx"
-        )
-        return height, width
+        return _largest(self.columns["y"]) + 1, _largest(self.columns["x"]) + 1
 
     @property
     def first_us(self) -> int:
         """Time of the first event, microseconds; 0 where there are none."""
-        return int(self.columns["t"][0]) + self.offset_us if len(self) else 0
+        return self._time(0) + self.offset_us if len(self) else 0
 
     @property
     def last_us(self) -> int:
         """Time of the last event, microseconds; 0 where there are none."""
-        return int(self.columns["t"][-1]) + self.offset_us if len(self) else 0
+        return self._time(len(self) - 1) + self.offset_us if len(self) else 0
+
+    def _time(self, number: int) -> int:
+        time = self.columns["t"][number]
+        if self.columns["t"].dtype.kind == "f":
+            _refuse_fractions(np.asarray([time]), self.path, number)
+        return int(time)
 
     def read(self, start_us: int | None = None, end_us: int | None = None) -> EventStream:
         """Events with ``start_us <= t < end_us``; from the first and to the last where None.
@@ -94,6 +105,8 @@ class EventFile:
         """
         if start_us is not None and end_us is not None and end_us < start_us:
             raise ValueError(f"end_us must not be before start_us, got {start_us} and {end_us}")
+        if self.columns["t"].dtype.kind == "f" and len(self):
+            self._time(0), self._time(len(self) - 1)  # seconds would be searched in vain
         first = 0 if start_us is None else self.number_at(start_us)
         last = len(self) if end_us is None else self.number_at(end_us)
         if first >= last and not (start_us is None and end_us is None):
@@ -113,12 +126,16 @@ class EventFile:
             raise ValueError(
                 f"start and stop must be 0 <= start <= stop <= {len(self)}, got {start} and {stop}"
             )
-        x, y, t, p = (self.columns[name][start:stop] for name in "xytp")
+        if self.take is not None:
+            x, y, t, p = self.take(start, stop)
+        else:
+            x, y, t, p = (self.columns[name][start:stop] for name in "xytp")
         if self.offset_us or t.dtype != np.int64:
             if t.dtype.kind == "f":
                 _refuse_fractions(t, self.path)
             _refuse_overflow(t, self.offset_us, self.path)
-            t = t.astype(np.int64) + self.offset_us
+            t = t.astype(np.int64)
+            t += self.offset_us
         try:
             return EventStream(x, y, t, p, self.sensor[1], self.sensor[0])
         except ValueError as error:
@@ -134,15 +151,13 @@ class EventFile:
         """
         wanted, t = int(time_us) - self.offset_us, self.columns["t"]
         if self.ms_to_idx is None:
-            if isinstance(t, np.ndarray):
-                return int(np.searchsorted(t, wanted, side="left"))
-            return bisect_left(t, wanted)
+            return t.first_at(wanted) if hasattr(t, "first_at") else first_at(t, wanted)
         if wanted <= 0:
             return 0
         low, high = (self._indexed(ms) for ms in (wanted // 1000, -(-wanted // 1000)))
         # One event more on either side shows whether the index tells the truth.
         begin, end = max(low - 1, 0), min(high + 1, len(self))
-        number = begin + int(np.searchsorted(t[begin:end], wanted, side="left"))
+        number = begin + first_at(t[begin:end], wanted)
         if not low <= number <= high:
             raise ValueError(
                 f"{self.path}: ms_to_idx is wrong near millisecond {wanted // 1000}: it tells events {low} "
@@ -162,12 +177,35 @@ class EventFile:
         return number
 
 
-def _refuse_fractions(t: np.ndarray, path: str) -> None:
+def blocks(column: Any) -> Iterator[np.ndarray]:
+    """A column in pieces of at most BLOCK."""
+    if hasattr(column, "blocks"):
+        yield from column.blocks()
+        return
+    for start in range(0, len(column), BLOCK):
+        yield np.asarray(column[start : start + BLOCK])
+
+
+def _largest(column: Any) -> int:
+    """The largest coordinate, at most 65535; what is no place on any sensor is named by EventStream."""
+    if hasattr(column, "largest"):
+        return column.largest
+    most = 0
+    for part in blocks(column):
+        if part.dtype.kind == "f":
+            part = part[np.isfinite(part)]
+        # As an integer of Python: narrow types hold no larger one to compare with.
+        most = max(most, int(part.max())) if part.size else most
+    return min(most, 65535)
+
+
+def _refuse_fractions(t: np.ndarray, path: str, first: int = 0) -> None:
+    t = t.astype(np.float64, copy=False)
     wrong = ~(np.abs(t) < 2.0**53) | (t != np.floor(t))
     if wrong.any():
         i = int(np.argmax(wrong))
         raise ValueError(
-            f"{path}: t[{i}] is {t[i]}: must be a whole number of microseconds (are these seconds?)"
+            f"{path}: t[{first + i}] is {t[i]}: must be a whole number of microseconds (are these seconds?)"
         )
 
 
