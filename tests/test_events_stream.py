@@ -107,7 +107,7 @@ def test_signed_polarity_is_read_as_zero_and_one(kind: type) -> None:
     events = EventStream(four, four, four, signs, 4, 4)
     assert events.p.dtype == np.uint8 and events.p.tolist() == [0, 1, 1, 0]
     assert EventStream(four, four, four, np.full(4, -1, kind), 4, 4).p.tolist() == [0, 0, 0, 0]
-    with pytest.raises(ValueError, match=r"p\[2\] is 0.*polarity must be 0 and 1, or -1 and 1, not a mix"):
+    with pytest.raises(ValueError, match=r"p\[2\] is 0.*polarity must be"):
         EventStream(four, four, four, np.array([-1, 1, 0, 1], kind), 4, 4)
 
 
