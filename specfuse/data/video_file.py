@@ -40,6 +40,7 @@ class VideoFrames:
             self.announced = int(container.streams[self._stream].frames)
             # An index tells the truth, a header may not: only that it does not fit a file that breaks off.
             self._counts = "mov" in container.format.name.split(",") or avi_breaks_off(file)
+        self._hidden = False  # packets without a frame are no damage here
         self._reset()
 
     def _reset(self) -> None:
@@ -66,6 +67,7 @@ class VideoFrames:
                 self.found += 1
                 if self.found > before:
                     yield frame
+            self._hidden = not self._failed + self._marred
         self._whole = True
         self._refuse_ruins()
 
@@ -104,7 +106,7 @@ class VideoFrames:
             if container.format.name != "avi":  # whose header may tell anything
                 announced = (container.duration or 0) + max(container.start_time or 0, 0)
                 self._announced_seconds = announced / av.time_base
-        if threads and self.found < self._packets - self._discarded:
+        if threads and not self._hidden and self.found < self._packets - self._discarded:
             raise _Damaged  # PyAV keeps an error to itself where frames come with it
 
     def _frames(self, packet: Any) -> list[Any]:
