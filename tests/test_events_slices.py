@@ -13,6 +13,7 @@ import pytest
 from event_cases import same, streams
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_events_columns import as_table
 from test_events_prophesee import write
 
 from specfuse.events import EventStream, load, npz, open_events, prophesee, save, source
@@ -23,13 +24,16 @@ except ImportError:
     h5py = None
 needs_h5py = pytest.mark.skipif(h5py is None, reason="needs the extra: pip install 'specfuse[events]'")
 RAW = ["evt2", "evt3", "evt3 vectors", "dat"]
-FORMATS = [*RAW, "npz", "packed npz", pytest.param("hdf5", marks=needs_h5py)]
+FORMATS = [*RAW, "npz", "packed npz", "table", pytest.param("hdf5", marks=needs_h5py)]
 FILES = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def written(folder: Path, kind: str, events: EventStream) -> Path:
     if kind in RAW:
         return write(folder / "a.raw", events, kind)
+    if kind == "table":
+        as_table(folder / "a.npy", {name: getattr(events, name) for name in "xytp"})
+        return folder / "a.npy"
     path = folder / ("a.h5" if kind == "hdf5" else "a.npz")
     save(path, events, compress=kind != "npz")
     return path
@@ -55,12 +59,13 @@ def test_a_slice_is_the_whole_cut(
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((prophesee, "CHUNK"), (npz, "BLOCK"), (source, "BLOCK")):
             patch.setattr(module, name, chunk)
-        whole = load(path)
+        size = (events.height, events.width)
+        whole = load(path, size=size)
         assert same(whole, events)
         at = int(whole.t[min(max(first, 0), len(whole) - 1)]) + (first < 0)
         end = at + count * factor // 10 + 1
         inside = whole.between(at, end)
-        with open_events(path) as file:
+        with open_events(path, size=size) as file:
             if len(inside):
                 assert same(file.read(at, end), inside)
             for number in (first % len(whole), len(whole)):
@@ -116,14 +121,14 @@ def write_long(path: Path, kind: str, events: EventStream) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind", ["evt2", "evt3", "dat", "npz", "packed npz", pytest.param("hdf5", marks=needs_h5py)]
+    "kind", ["evt2", "evt3", "dat", "npz", "packed npz", "table", pytest.param("hdf5", marks=needs_h5py)]
 )
 def test_a_slice_takes_memory_for_itself(tmp_path: Path, kind: str, long: EventStream) -> None:
     path = write_long(tmp_path / "a", kind, long)
     load(path, start_us=1000, end_us=1001)  # modules are imported
     tracemalloc.start()
     try:
-        piece = load(path, start_us=10_000, end_us=11_000)
+        piece = load(path, start_us=10_000, end_us=11_000, size=(480, 640))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
