@@ -13,6 +13,7 @@ import numpy as np
 from specfuse.data.video_open import avi_breaks_off, film, opened, reason
 
 LEAST = 0.25  # of the frames of a damaged file: with fewer decoded it is not the video any more
+TIMED = {"matroska", "flv", "asf"}  # containers whose header tells how long they are, once they are whole
 
 
 class _Damaged(Exception):
@@ -103,7 +104,7 @@ class VideoFrames:
                 self._marred += sum(bool(frame.is_corrupt) for frame in frames)
                 yield from frames
                 packet = None
-            if container.format.name != "avi":  # whose header may tell anything
+            if TIMED & {*container.format.name.split(",")}:
                 announced = (container.duration or 0) + max(container.start_time or 0, 0)
                 self._announced_seconds = announced / av.time_base
         if threads and not self._hidden and self.found < self._packets - self._discarded:
