@@ -58,11 +58,13 @@ def load_frames(video: Any, num_frames: int = 8) -> np.ndarray:
     """Frames of a video as uint8 RGB [T, H, W, 3].
 
     Args:
-        video: path of a video file, uint8 RGB frames [T, H, W, 3], or a list of T arrays or PIL images.
+        video: path of a video file (see `read_video`), uint8 RGB frames [T, H, W, 3], or a list of T arrays
+            or PIL images.
         num_frames: T when `video` is a path.
 
     Raises:
-        ValueError: another shape or dtype.
+        FileNotFoundError: there is no such file.
+        ValueError: another shape or dtype, or a file as `read_video` refuses it.
     """
     if isinstance(video, str | os.PathLike):
         return read_video(video, num_frames)

@@ -144,6 +144,9 @@ def test_a_new_upper_time_without_a_lower_one_does_not_go_back(tmp_path: Path) -
         (b"% Version 2\n\x0c", "truncated: type and size of its events are missing"),
         (b"% Version 2\n\x0e\x08" + bytes(8), "does not hold contrast events of 8 bytes: type 0x0e, size 8"),
         (b"% evt 3.0\n% endianness big\n1234", "only little-endian recordings are read, got big"),
+        (b"% evt 3.0\n% Width 4\n\x00", "truncated: 1 bytes of data are not whole words of 2 bytes"),
+        (b"% Version 2\n% end\n\x00\x10" + bytes(16), "events of 8 bytes: type 0x00, size 16"),
+        (b"% Version 2\n", "truncated: type and size of its events are missing"),
         (b"% date today\n1234", "a Prophesee file that names no encoding"),
         (
             b"% Version 2\n% Width 4\n% Height 4\n\x0c\x08" + struct.pack("<II", 0, 2 << 28),
@@ -162,3 +165,55 @@ def test_a_file_of_a_header_alone_holds_no_events(tmp_path: Path) -> None:
     for head in (b"% evt 3.0\n% end\n", b"% evt 2.0\n", b"% Version 2\n\x00\x08"):
         (tmp_path / "a").write_bytes(head)
         assert len(load(tmp_path / "a")) == 0
+
+
+OLD = struct.pack("<6I", 7, 1 << 28 | 3 << 14 | 5, 9, 2 << 14 | 4, 9, 1 << 28 | 1)
+
+
+def test_a_dat_file_of_the_oldest_kind_has_no_header(tmp_path: Path) -> None:
+    (tmp_path / "old.dat").write_bytes(OLD)
+    events = load(tmp_path / "old.dat", "dat")
+    assert [getattr(events, name).tolist() for name in "xytp"] == [[5, 4, 1], [3, 2, 0], [7, 9, 9], [1, 0, 1]]
+    assert (events.width, events.height) == (6, 4)
+    assert load(tmp_path / "old.dat", "dat", start_us=8).t.tolist() == [9, 9]
+    with pytest.raises(ValueError, match="a DAT file without a header, which format='dat' reads"):
+        load(tmp_path / "old.dat")
+    (tmp_path / "old.dat").write_bytes(OLD[:-3])
+    with pytest.raises(ValueError, match="truncated: 21 bytes of data are not whole words of 8 bytes"):
+        load(tmp_path / "old.dat", "dat")
+    (tmp_path / "old.dat").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"old\.dat is empty"):
+        load(tmp_path / "old.dat", "dat")
+
+
+@pytest.mark.parametrize("first", [0x0A25, 0x2025, 0x20, 0x0C])
+def test_a_time_that_looks_like_a_comment_is_a_time(tmp_path: Path, first: int) -> None:
+    (tmp_path / "old.dat").write_bytes(struct.pack("<4I", first, 5, first + 1, 1 << 28 | 6))
+    if first == 0x0A25:  # "%" and the end of a line: a header of one empty line, as in Prophesee's reader
+        with pytest.raises(ValueError, match="does not hold contrast events of 8 bytes"):
+            load(tmp_path / "old.dat", "dat")
+    else:
+        assert load(tmp_path / "old.dat", "dat").t.tolist() == [first, first + 1]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"% Data file containing CD events\r\n% Width 8\r\n% Height 6\r\n",
+        b"%\n%Width 8\n%\tcomment\n% Height 6\n% Version 2\n",
+        b"% Version 2\n% Width 8\n% Height 6\n% note " + b"x" * 9000 + b"\n% end\n",
+        "% Version 2\n% author Zo\u00eb\n% Width 8\n% Height 6\n% end\n".encode(),
+    ],
+)
+def test_odd_comment_lines_of_dat(tmp_path: Path, head: bytes) -> None:
+    (tmp_path / "a.dat").write_bytes(head + b"\x00\x08" + OLD)
+    for format in ("dat", None) if b"Version" in head or b"Data" in head else ("dat",):
+        events = load(tmp_path / "a.dat", format)
+        assert events.t.tolist() == [7, 9, 9] and (events.width, events.height) == (8, 6)
+
+
+def test_another_encoding_than_the_header_tells_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_bytes(b"% evt 3.0\n% end\n" + bytes(16))
+    for format in ("evt2", "dat"):
+        with pytest.raises(ValueError, match=f"its header tells evt3, but format is '{format}'"):
+            load(tmp_path / "a.raw", format)

@@ -22,7 +22,10 @@ events = typer.Typer(
 )
 
 FILE = typer.Argument(..., help=".npz, DSEC's HDF5, Prophesee EVT2/EVT3/DAT or EventGPT's .npy.")
-FORMAT = typer.Option(None, help="npz, hdf5, evt2, evt3, dat or npy; recognised if not given.")
+FORMAT = typer.Option(
+    None,
+    help="npz, hdf5, evt2, evt3, dat or npy; recognised if not given (but for a DAT file without a header).",
+)
 START = typer.Option(None, help="First microsecond of the slice, on the file's clock.")
 END = typer.Option(None, help="Microsecond before which the slice ends.")
 SENSOR = typer.Option(None, help="Size of the sensor as WIDTHxHEIGHT, where the file does not tell.")

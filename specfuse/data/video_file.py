@@ -13,6 +13,7 @@ import numpy as np
 from specfuse.data.video_open import avi_breaks_off, film, opened, reason
 
 LEAST = 0.25  # of the frames of a damaged file: with fewer decoded it is not the video any more
+TIMED = {"matroska", "flv", "asf"}  # containers whose header tells how long they are, once they are whole
 
 
 class _Damaged(Exception):
@@ -40,6 +41,7 @@ class VideoFrames:
             self.announced = int(container.streams[self._stream].frames)
             # An index tells the truth, a header may not: only that it does not fit a file that breaks off.
             self._counts = "mov" in container.format.name.split(",") or avi_breaks_off(file)
+        self._hidden = False  # packets without a frame are no damage here
         self._reset()
 
     def _reset(self) -> None:
@@ -66,6 +68,7 @@ class VideoFrames:
                 self.found += 1
                 if self.found > before:
                     yield frame
+            self._hidden = not self._failed + self._marred
         self._whole = True
         self._refuse_ruins()
 
@@ -101,10 +104,10 @@ class VideoFrames:
                 self._marred += sum(bool(frame.is_corrupt) for frame in frames)
                 yield from frames
                 packet = None
-            if container.format.name != "avi":  # whose header may tell anything
+            if TIMED & {*container.format.name.split(",")}:
                 announced = (container.duration or 0) + max(container.start_time or 0, 0)
                 self._announced_seconds = announced / av.time_base
-        if threads and self.found < self._packets - self._discarded:
+        if threads and not self._hidden and self.found < self._packets - self._discarded:
             raise _Damaged  # PyAV keeps an error to itself where frames come with it
 
     def _frames(self, packet: Any) -> list[Any]:

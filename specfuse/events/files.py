@@ -28,9 +28,9 @@ def open_events(
 ) -> EventFile:
     """Opens a recording for reading slices; to be closed, or used in a ``with`` block.
 
-    Slices are read where they lie, and a slice takes memory for itself alone: of DSEC's HDF5 and of an
-    ``.npz`` that is not compressed at once, of the other formats after the file was gone through once. An
-    ``.npy`` is read whole, into memory.
+    Slices are read where they lie, and a slice takes memory for itself alone: of DSEC's HDF5, of an ``.npz``
+    that is not compressed and of an ``.npy`` with fields at once, of the others after the file was gone
+    through once. EventGPT's pickled ``.npy`` is read whole, into memory.
 
     Args:
         path: the file.

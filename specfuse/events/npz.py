@@ -162,7 +162,7 @@ class _Packed:
         """Number of the first of rising values at or after ``time``."""
         begin = 0
         for block in self.blocks():
-            if block[-1] >= time:
+            if block[-1].item() >= time:
                 return begin + bisect_left(block, time, key=lambda value: value.item())
             begin += len(block)
         return begin

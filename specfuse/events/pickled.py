@@ -9,6 +9,7 @@ its bytes themselves; no function of NumPy or of anything else can be reached fr
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import pickletools
@@ -32,19 +33,24 @@ PLAIN = re.compile(r"[<>|=]?[biuf][1248]")
 
 
 def open_npy(path: str) -> EventFile:
-    """Reads EventGPT's pickled dictionary, or an array with fields x, y, t and p.
+    """Reads EventGPT's pickled dictionary, or maps an array with fields x, y, t and p.
 
     Raises:
         ValueError: anything else, and above all a file that asks for more than arrays of numbers.
     """
     try:
         with open(path, "rb") as file:
-            shape, _, dtype = read_header(file)
+            shape, fortran, dtype = read_header(file)
             if not dtype.hasobject:
                 file.seek(0)
                 check_bytes(file, os.fstat(file.fileno()).st_size)
-                file.seek(0)
-                columns: Any = np.lib.format.read_array(file, allow_pickle=False)
+                order: Any = "F" if fortran else "C"
+                # Nothing cannot be mapped.
+                columns: Any = (
+                    np.memmap(path, dtype, "r", file.tell(), shape, order)
+                    if math.prod(shape)
+                    else np.empty(shape, dtype)
+                )
             elif shape == ():
                 columns = unpickle(file.read())
             else:

@@ -126,7 +126,7 @@ def shares(count: int, parts: int) -> list[int]:
 
 def first_at(t: Any, time: float) -> int:
     """Number of the first of ``[E]`` rising times at or after ``time``: exact, whatever the type of ``t``."""
-    if isinstance(t, np.ndarray) and t.dtype == np.int64 and t.flags.aligned:
+    if isinstance(t, np.ndarray) and t.dtype == np.int64 and t.flags.c_contiguous and t.flags.aligned:
         limits = np.iinfo(np.int64)
         if time > limits.max:
             return len(t)
