@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 # Shared memory that one block may have, in bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {"80": 166_912, "89": 101_376, "90": 232_448, "100": 232_448, "120": 101_376}
 ARCHS = tuple(SHARED_LIMIT)
-# ptxas of Triton 3.8 gives up a word or two, far below 255 registers, to reach a step of occupancy: 8 bytes in
+# ptxas of Triton 3.8 gives up a word or two, far below 255 registers, for a step of occupancy: 8 bytes in
 # 4 of 350 builds; CI with 3.9 had none. A kernel that has run out of registers spills tens of bytes.
 SPILL_LIMIT = 8
 USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
