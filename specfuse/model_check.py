@@ -63,7 +63,8 @@ def check(model: PreTrainedModel, *, seed: int = 0) -> Verdict:
     """Run a model on short random prompts and compare passes over trees with `model.generate`.
 
     A prompt carries a first tree, its accepted path is compacted in the KV cache, and a second tree goes on
-    from there. Where the config has a sliding window, another prompt is longer than it.
+    from there. Where the config has a sliding window, another prompt is longer than it. The last
+    prompts are a batch, one of them padded on the left.
 
     Args:
         model: a Hugging Face decoder-only model, in eval mode.
@@ -78,15 +79,17 @@ def check(model: PreTrainedModel, *, seed: int = 0) -> Verdict:
     """
     worst = 0.0
     with torch.no_grad():
-        for length in _prompt_lengths(model):
+        for length, pads in _prompts(model):
+            where = f"a prompt of {length} tokens" if len(pads) == 1 else "a batch with left padding"
             try:
-                error = _error(model, length, seed)
+                error = _error(model, length, pads, seed)
             except Exception as failure:
-                return Verdict(False, f"{type(failure).__name__}: {failure}")
+                return Verdict(False, f"{where}: {type(failure).__name__}: {failure}")
             worst = max(worst, error)
             if not error <= _TOLERANCE.get(model.dtype, 0.1):
-                where = f"after a prompt of {length} tokens"
-                return Verdict(False, f"logits of a tree differ from those of model.generate {where}", error)
+                return Verdict(
+                    False, f"logits of a tree differ from those of model.generate after {where}", error
+                )
     return Verdict(True, "", worst)
 
 
@@ -179,19 +182,22 @@ def _key(model: PreTrainedModel) -> str:
     return f"{type(model).__module__}.{type(model).__qualname__} {model.dtype} {implementation} {config}"
 
 
-def _prompt_lengths(model: PreTrainedModel) -> list[int]:
+def _prompts(model: PreTrainedModel) -> list[tuple[int, list[int]]]:
+    """Length and left padding per row of each prompt."""
     config = model.config.get_text_config(decoder=True)
     windows = {getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window")}
     most = getattr(config, "max_position_embeddings", None) or _LONGEST
     longer = {
         w + 3 for w in windows if isinstance(w, int) and w > 0 and w + 3 + 2 * _NEW <= min(most, _LONGEST)
     }
-    return [_PROMPT, *sorted(longer - {_PROMPT})]
+    alone = [(length, [0]) for length in (_PROMPT, *sorted(longer - {_PROMPT}))]
+    return [*alone, (_PROMPT, [0, 3])]
 
 
-def _error(model: PreTrainedModel, length: int, seed: int) -> float:
+def _error(model: PreTrainedModel, length: int, pads: list[int], seed: int) -> float:
     """Mean error of the worst node over the standard deviation of the logits."""
-    ids = _prompt(model, length, seed)
+    ids = torch.cat([_prompt(model, length, seed + row) for row in range(len(pads))])
+    mask = (torch.arange(length) >= torch.tensor(pads)[:, None]).long().to(model.device)
     # The model's own end-of-sequence ids would cut the comparison short.
     config = GenerationConfig(
         max_new_tokens=_NEW,
@@ -202,22 +208,26 @@ def _error(model: PreTrainedModel, length: int, seed: int) -> float:
         return_dict_in_generate=True,
         pad_token_id=0,
     )
-    output: Any = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    said, expected = output.sequences[0, length:].tolist(), [row[0] for row in output.logits]
-    vocabulary = expected[0].shape[-1]
-    target = TreeForward(model, 1, length + 4 * _NEW)
-    first = _tree(int(ids[0, -1]), said[:2], vocabulary)
-    found = target.prefill({"input_ids": ids}, None, first)[0, [0, 2, 4]]
-    path = torch.tensor([[0, 2, 4]], dtype=torch.int32, device=model.device)
-    target.commit(path, torch.tensor([3], dtype=torch.int32, device=model.device), [3])
-    second = _tree(said[2], said[3:4], vocabulary)
-    # said[2] stands at position length + 2.
-    again = target.forward_tree(second, torch.tensor([length + 2]))[0, [0, 2]]
-    rows = torch.cat([found, again]).double()
-    reference = torch.stack(expected[:5]).double().to(rows.device)
-    kept = reference.isfinite().all(dim=0)
-    difference = (rows - reference)[:, kept].abs().mean(dim=1)
-    return float((difference / reference[:, kept].std(dim=1).clamp(min=1e-12)).max())
+    output: Any = model.generate(ids, attention_mask=mask, generation_config=config)
+    said = output.sequences[:, length:].tolist()
+    target = TreeForward(model, len(pads), length + 4 * _NEW)
+    vocabulary = output.logits[0].shape[-1]
+    first = _trees(ids[:, -1].tolist(), [row[:2] for row in said], vocabulary)
+    found = target.prefill({"input_ids": ids}, mask if any(pads) else None, first)[:, [0, 2, 4]]
+    path = torch.tensor([[0, 2, 4]] * len(pads), dtype=torch.int32, device=model.device)
+    kept = [3] * len(pads)
+    target.commit(path, torch.tensor(kept, dtype=torch.int32, device=model.device), kept)
+    second = _trees([row[2] for row in said], [row[3:4] for row in said], vocabulary)
+    # said[2] stands at position length + 2, padding not counted.
+    again = target.forward_tree(second, torch.tensor([length + 2 - pad for pad in pads]))[:, [0, 2]]
+    rows = torch.cat([found, again], dim=1).double().flatten(0, 1)
+    reference = torch.stack(output.logits[:_NEW], dim=1).double().to(rows.device).flatten(0, 1)
+    finite = reference.isfinite().all(dim=1)
+    if any(pads) and not finite.all():
+        return 0.0  # transformers computes NaN at padding there (eager attention in float64), at all layers
+    seen = reference.isfinite().all(dim=0)
+    difference = (rows - reference)[:, seen].abs().mean(dim=1)
+    return float((difference / reference[:, seen].std(dim=1).clamp(min=1e-12)).max())
 
 
 def _prompt(model: PreTrainedModel, length: int, seed: int) -> Tensor:
@@ -233,10 +243,11 @@ def _prompt(model: PreTrainedModel, length: int, seed: int) -> Tensor:
     return torch.tensor([[usable[i] for i in picks.tolist()]], device=model.device)
 
 
-def _tree(root: int, right: list[int], vocabulary: int) -> TokenTree:
+def _trees(roots: list[int], right: list[list[int]], vocabulary: int) -> TokenTree:
     """A wrong and a right child at every depth: node 2 d is the right one of depth d."""
-    tokens, parents = [root], [-1]
-    for depth, token in enumerate(right):
-        tokens += [(token + 1) % vocabulary, token]
-        parents += [2 * depth, 2 * depth]
-    return TokenTree.from_parents([tokens], [parents])
+    tokens, parents = [], []
+    for root, path in zip(roots, right, strict=True):
+        pairs = [[(token + 1) % vocabulary, token] for token in path]
+        tokens.append([root, *(token for pair in pairs for token in pair)])
+        parents.append([-1, *(2 * depth for depth in range(len(path)) for _ in range(2))])
+    return TokenTree.from_parents(tokens, parents)
