@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .overrides import MODEL_TYPES
+from .overrides import FLOAT32, MODEL_TYPES
 from .shrink import Shrinker
 
 MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
@@ -79,7 +79,9 @@ def build(name: str, model_type: str, seed: int = 0) -> PreTrainedModel:
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > 20_000_000:
         raise MemoryError(f"{size / 1e6:.0f} million parameters: some field was not shrunk")
-    model.double().eval()
+    # Eager attention takes its softmax in float32, where the lowest float64 of a mask is -inf: rows of NaN.
+    eager = model.config._attn_implementation != "sdpa" or model_type in FLOAT32
+    model.to(torch.float32 if eager else torch.float64).eval()
     model.generation_config = transformers.GenerationConfig(pad_token_id=0, bos_token_id=1)
     return model
 

@@ -87,7 +87,7 @@ class Shrinker:
         for name, value in fields.items():
             if isinstance(value, PreTrainedConfig):
                 given[name] = self.shrink(value, f"{path}{name}.", role_of(name, role))
-            elif isinstance(value, bool) or value is None:
+            elif isinstance(value, bool) or value is None or name == "qk_head_dim":
                 continue
             elif isinstance(value, int):
                 new = self._integer(name, value, rules)
