@@ -1,0 +1,77 @@
+"""What the generic shrinker can not know: fields of single model types. Dots lead into sub-configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .shrink import REMOVE
+
+FLOAT32 = {"xglm", "xlnet", "xlstm"}
+"""Model types whose forward takes no float64."""
+
+
+def _mrope(*section: int, **more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section), **more}
+
+
+def _under(prefix: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}.{name}": value for name, value in fields.items()}
+
+
+_HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+_INKLING = {"swa_num_key_value_heads": 2, "rel_extent": 16, "sliding_window_size": 8}
+_QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
+_QWEN4 |= {"indexer_compress_ratio": 2, "ple_embed_dim": 32, "ngram_vocab_size_base": 99, "hc_lowrank": 8}
+_MROPE = {"text_config.rope_parameters": _mrope(2, 1, 1)}
+_COMPASS_ROPE = {
+    kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+}
+_COMPASS = {"rope_parameters": _COMPASS_ROPE, "num_hidden_layers": 2}
+_COMPASS["layer_types"] = ["sliding_attention", "full_attention"]
+_STEP = {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2, "sliding_window": 8}
+_STEP |= {"mlp_layer_types": ["dense", "sparse"], "rope_parameters": _COMPASS_ROPE, "share_expert_dim": 24}
+_STEP |= {"num_sliding_attention_heads": 4}
+_MOE = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1}
+
+MODEL_TYPES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_expert_group": 1, "topk_group": 1, "num_experts_per_token": 2},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {**_HYBRID, "mamba_n_heads": 8, "shared_intermediate_size": 40},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "cohere_compass_text": _COMPASS,
+    "cohere_compass": _under("text_config", _COMPASS),
+    "dbrx": {"attn_config.rope_theta": REMOVE, "ffn_config.moe_top_k": 2},
+    "deepseek_v2": {**_MOE, "first_k_dense_replace": 1, "num_hidden_layers": 2},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.num_experts_per_tok": 2,
+    },
+    "dots1": {**_MOE, "first_k_dense_replace": 1, "layer_types": ["full_attention", "sliding_attention"]},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "kimi_linear": {"num_experts_per_token": 2},
+    "longcat_flash": {"num_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "time_step_rank": 8},
+    "mistral4": {"head_dim": REMOVE},
+    "nemotron": {"num_key_value_heads": 2},
+    "inkling_text": _INKLING,
+    "inkling_mm_model": _under("text_config", _INKLING),
+    "inkling2_text": {**_INKLING, "unpadded_vocab_size": 99},
+    "inkling2": _under("text_config", {**_INKLING, "unpadded_vocab_size": 99}),
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": _under("text_config", _QWEN4),
+    "step3p7": _under("text_config", _STEP),
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "hybrid"] * 3},
+    "xlstm": {"num_blocks": 2, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "reformer": {"axial_pos_embds": False, "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8},
+    "qwen2_vl": _MROPE,
+    "qwen2_5_vl": _MROPE,
+    "paddleocr_vl": _MROPE,
+    "glm4v": _MROPE,
+    "glm46v": _MROPE,
+    "glm_ocr": _MROPE,
+    "glm4v_moe": {"text_config.rope_parameters": _mrope(1, 1, 0, partial_rotary_factor=0.5)},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": _mrope(1, 1, 2)},
+    "hunyuan_vl": {"text_config.rope_parameters": _mrope(1, 1, 1, 1)},
+}
