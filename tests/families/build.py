@@ -54,10 +54,11 @@ def small_config(name: str, model_type: str) -> PreTrainedConfig:
     role_key = getattr(model_class(name, model_type), "config_class", None)
     if role_key is not None and not isinstance(default, role_key):
         inner = default.get_text_config(decoder=True)
-        default = inner if isinstance(inner, role_key) else default
-    small = Shrinker(given).shrink(default)
-    # A class of the text part alone (Qwen3_5ForCausalLM) is made of the text configuration.
-    return small
+        if isinstance(inner, role_key):
+            # A class of the text part alone (Qwen3_5ForCausalLM) is made of the text configuration.
+            default = inner
+            given = {name.removeprefix("text_config."): value for name, value in given.items()}
+    return Shrinker(given).shrink(default)
 
 
 def build(name: str, model_type: str, seed: int = 0) -> PreTrainedModel:

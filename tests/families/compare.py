@@ -18,7 +18,9 @@ import specfuse
 from specfuse.drafters import Drafter, DraftState
 
 from .build import SCALES, build, placeholder_tokens, randomize
-from .prompts import Prompt, image_prompts, text_prompts
+from .errors import described
+from .media import media_prompts
+from .prompts import Prompt, text_prompts
 
 PACKAGE = Path(specfuse.__file__).parent
 
@@ -46,7 +48,10 @@ class RightAmongWrong(Drafter):
         return specfuse.TokenTree.from_parents(tokens, parents)
 
 
-DRAFTERS = ("none", "tree", "chain", "auto", "auto again")
+WITH_LOGITS = {"return_dict_in_generate": True, "output_logits": True}
+TOLERANCE = 1e-4
+"""Of the largest logit: many norms and softmaxes are taken in float32 whatever the model's dtype."""
+DRAFTERS = ("none", "tree", "tree logits", "chain", "auto", "auto again")
 
 
 @dataclass
@@ -94,11 +99,11 @@ def compare_model(model: PreTrainedModel, name: str, model_type: str) -> Outcome
     unequal = []
     for prompt in prompts:
         try:
-            expected = reference(model, prompt, arguments)
+            expected, logits = reference(model, prompt, arguments)
         except Exception as error:
             unequal.append(f"{prompt.name}: model.generate raises {described(error)}")
             continue
-        found = [one(model, prompt, drafter, expected, arguments) for drafter in DRAFTERS]
+        found = [one(model, prompt, drafter, expected, logits, arguments) for drafter in DRAFTERS]
         if any(c.verdict == "wrong" for c in found) and not _repeats(model, prompt, expected, arguments):
             unequal.append(f"{prompt.name}: model.generate does not repeat itself")
             continue
@@ -114,7 +119,7 @@ def choose_weights(model: PreTrainedModel, arguments: dict[str, Any]) -> tuple[l
         randomize(model, *scales)
         prompt = text_prompts(model)[0]
         try:
-            answer = reference(model, prompt, arguments)[0, prompt.length :]
+            answer = reference(model, prompt, arguments)[0][0, prompt.length :]
         except Exception as error:
             trouble = described(error)
             break
@@ -123,19 +128,25 @@ def choose_weights(model: PreTrainedModel, arguments: dict[str, Any]) -> tuple[l
         if most >= 8:
             break
     randomize(model, *best)
-    prompts = [*text_prompts(model), *image_prompts(model)]
-    return prompts, "" if most >= 4 or trouble else f"answers hold {most} different tokens"
+    pictures, why = media_prompts(model)
+    remarks = [] if most >= 4 or trouble else [f"answers hold {most} different tokens"]
+    return [*text_prompts(model), *pictures], "; ".join([*remarks, why] if why else remarks)
 
 
-def reference(model: PreTrainedModel, prompt: Prompt, arguments: dict[str, Any]) -> Tensor:
-    """What ``model.generate`` says."""
+def reference(
+    model: PreTrainedModel, prompt: Prompt, arguments: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """What ``model.generate`` says, and its logits ``[B, T, V]`` where it returns any."""
     forget(model)
     with torch.no_grad():
-        return model.generate(**prompt.inputs, max_new_tokens=prompt.new, **arguments)
+        output = model.generate(**prompt.inputs, max_new_tokens=prompt.new, **arguments, **WITH_LOGITS)
+    if isinstance(output, Tensor):
+        return output, None
+    return output.sequences, torch.stack(output.logits, dim=1)
 
 
 def _repeats(model: PreTrainedModel, prompt: Prompt, expected: Tensor, arguments: dict[str, Any]) -> bool:
-    return torch.equal(reference(model, prompt, arguments), expected)
+    return torch.equal(reference(model, prompt, arguments)[0], expected)
 
 
 def forget(model: PreTrainedModel) -> None:
@@ -148,24 +159,33 @@ def forget(model: PreTrainedModel) -> None:
 
 
 def one(
-    model: PreTrainedModel, prompt: Prompt, kind: str, expected: Tensor, arguments: dict[str, Any]
+    model: PreTrainedModel,
+    prompt: Prompt,
+    kind: str,
+    expected: Tensor,
+    logits: Tensor | None,
+    arguments: dict[str, Any],
 ) -> Comparison:
     """One call of specfuse; never raises."""
     answers = expected[:, prompt.length :].tolist()
     drafter: Drafter | str | None = "auto" if kind.startswith("auto") else None
-    if kind in ("tree", "chain"):
-        drafter = RightAmongWrong(answers, 4, siblings=kind == "tree")
+    if kind in ("tree", "tree logits", "chain"):
+        drafter = RightAmongWrong(answers, 4, siblings=kind != "chain")
     found = Comparison(prompt.name, kind, "equal")
     with warnings.catch_warnings(record=True) as caught, _Logged() as logged:
         warnings.simplefilter("always")
         try:
             forget(model)
             generator = specfuse.SpeculativeGenerator(model, drafter)
-            got = generator.generate(**prompt.inputs, max_new_tokens=prompt.new, **arguments)
+            looks = WITH_LOGITS if kind == "tree logits" else {}
+            got = generator.generate(**prompt.inputs, max_new_tokens=prompt.new, **arguments, **looks)
         except Exception as error:
             worded = is_refusal(error, model)
             found.verdict, found.detail = ("refused" if worded else "error"), described(error, not worded)
             return found
+    seen = None
+    if not isinstance(got, Tensor):
+        got, seen = got.sequences, torch.stack(got.logits, dim=1)
     stats = generator.last_stats
     found.accepted = stats.accepted
     found.warning = " ".join([*logged.lines, *(str(w.message) for w in caught if "specfuse" in w.filename)])
@@ -173,14 +193,24 @@ def one(
         found.verdict, found.detail = "error", f"drafting stopped: {stats.drafting_stopped}"
     if got.shape != expected.shape or not torch.equal(got, expected):
         found.verdict, found.detail = "wrong", _parting(got, expected, prompt)
+    elif seen is not None and logits is not None and (apart := _apart(seen, logits)):
+        found.verdict, found.detail = "wrong", apart
     return found
 
 
-def _parting(got: Tensor, expected: Tensor, prompt: Prompt) -> str:
-    if got.shape != expected.shape:
-        return f"shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
-    at = int((got != expected).any(0).nonzero()[0]) - prompt.length
-    return f"parts at answer token {at} of {prompt.new}"
+def _apart(seen: Tensor, expected: Tensor) -> str:
+    """Where logits differ by more than rounding: a wrong mask need not show in a short answer."""
+    # Some classes rule tokens out with the lowest number there is.
+    banned = expected < -1e30
+    if not torch.equal(banned, seen < -1e30):
+        return "other tokens are ruled out"
+    seen, expected = seen.masked_fill(banned, 0), expected.masked_fill(banned, 0)
+    scale = expected.abs().amax(dim=(0, 2)).clamp(min=1e-30)
+    worst = (seen - expected).abs().amax(dim=(0, 2)) / scale
+    for at, apart in enumerate(worst.tolist()):
+        if not apart <= TOLERANCE:
+            return f"logits differ by {apart:.1e} of their size at answer token {at}"
+    return ""
 
 
 def is_refusal(error: Exception, model: PreTrainedModel) -> bool:
@@ -189,14 +219,6 @@ def is_refusal(error: Exception, model: PreTrainedModel) -> bool:
     own = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
     named = (type(model).__name__, "attn_implementation", "input_ids", "attention_mask", "position_ids")
     return own and isinstance(error, ValueError) and any(word in str(error) for word in named)
-
-
-def described(error: BaseException, place: bool = True) -> str:
-    """An error in one line: type, text, and where it was raised."""
-    text = " ".join(str(error).split())
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if place and frames else ""
-    return f"{type(error).__name__}: {text[:300]}{where}"
 
 
 def summed_up(outcome: Outcome, unequal: list[str]) -> Outcome:
@@ -208,11 +230,10 @@ def summed_up(outcome: Outcome, unequal: list[str]) -> Outcome:
     if not found:
         outcome.outcome, outcome.detail = "not comparable", "; ".join(unequal)
         return outcome
-    for bad in ("wrong", "error"):
-        if bad in verdicts:
-            outcome.outcome = bad
-            remarks.insert(0, _listed([c for c in found if c.verdict == bad]))
-            break
+    bad = [verdict for verdict in ("wrong", "error") if verdict in verdicts]
+    if bad:
+        outcome.outcome = bad[0]
+        remarks = [_listed([c for c in found if c.verdict == verdict]) for verdict in bad] + remarks
     else:
         refused = [c for c in found if c.verdict == "refused"]
         tried = [c for c in found if c.drafter == "tree" and c.verdict == "equal"]

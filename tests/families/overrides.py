@@ -31,6 +31,11 @@ _COMPASS["layer_types"] = ["sliding_attention", "full_attention"]
 _STEP = {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2, "sliding_window": 8}
 _STEP |= {"mlp_layer_types": ["dense", "sparse"], "rope_parameters": _COMPASS_ROPE, "share_expert_dim": 24}
 _STEP |= {"num_sliding_attention_heads": 4}
+_CODES = {"IMGIMG" + "ABCDEFGHIJ"[n // 10] + "ABCDEFGHIJ"[n % 10] + "Z": 60 + n for n in range(16)}
+_EMU3 = {f"<|visual token {n:06d}|>": 60 + n for n in range(16)} | {"<image>": 98, "<|extra_200|>": 97}
+_VQ = {"vq_config.base_channels": 32, "vq_config.latent_channels": 32}
+_SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_SHARED["num_kv_shared_layers"] = 2
 _MOE = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1}
 
 MODEL_TYPES: dict[str, dict[str, Any]] = {
@@ -41,7 +46,42 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "cohere_compass_text": _COMPASS,
     "cohere_compass": _under("text_config", _COMPASS),
-    "dbrx": {"attn_config.rope_theta": REMOVE, "ffn_config.moe_top_k": 2},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0, "ffn_config.moe_top_k": 2},
+    "mllama": {
+        "text_config.num_hidden_layers": 3,
+        "text_config.cross_attention_layers": [1],
+        "vision_config.intermediate_layers_indices": [0, 1],
+        "vision_config.vision_output_dim": 96,
+        "vision_config.num_global_layers": 1,
+    },
+    "voxtral": {"audio_config.intermediate_size": 128},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
+    "kyutai_speech_to_text": {"codec_config.upsample_groups": 32, "codec_config.num_filters": 8},
+    "vipllava": {"vision_feature_layer": [-1, -2]},
+    "qwen2_5_omni_thinker": {**_MROPE, "vision_start_token_id": 61, "vision_end_token_id": 60},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 61, "vision_end_token_id": 60},
+    "kosmos-2": {"latent_query_num": 4},
+    "chameleon": {"vocabulary_map": _CODES | {"<image>": 98}, "vq_config.num_embeddings": 16, **_VQ},
+    "emu3": {"vocabulary_map": _EMU3, "vq_config.codebook_size": 16, **_VQ},
+    "janus": {"vq_config.num_embeddings": 16, "vision_config.num_image_tokens": 16, **_VQ},
+    "florence2": {"vision_config.embed_dim": [8, 16, 16, 32], "vision_config.depths": [1, 1, 1, 1]},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-2, 0]],
+        "spatial_target_layers": [0, 1, 0, 1],
+        "qformer_config.cross_attention_frequency": 1,
+        "downsample_rate": "1/2",
+    },
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
+    "muse_spark": {
+        "audio_config.num_hidden_layers": 2,
+        "audio_config.patch_sizes": [4, 2],
+        "audio_config.hidden_sizes": [16, 32],
+        "audio_config.depths": [1, 1],
+    },
+    "glm5_next": {"text_config.index_topk": 16, "text_config.index_kpool": 4},
+    "nemotron_h_omni": {"vision_config.video_temporal_patch_size": 2},
+    "gemma4_text": _SHARED,
     "deepseek_v2": {**_MOE, "first_k_dense_replace": 1, "num_hidden_layers": 2},
     "deepseek_ocr2": {
         "text_config.mlp_layer_types": ["dense", "sparse"],
@@ -73,5 +113,21 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "glm_ocr": _MROPE,
     "glm4v_moe": {"text_config.rope_parameters": _mrope(1, 1, 0, partial_rotary_factor=0.5)},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": _mrope(1, 1, 2)},
+    "llava_next": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "gemma4": {"default": {"vision_config": {}}, **_under("text_config", _SHARED)},
+    "gemma4_unified": {"default": {"vision_config": {}}},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "llama4": {
+        "vision_config.intermediate_size": 128,
+        "vision_config.projector_input_dim": 32,
+        "vision_config.projector_output_dim": 32,
+        "vision_config.vision_output_dim": 32,
+    },
+    "blip-2": {"default": {"image_token_index": 300}},
+    "instructblip": {"default": {"image_token_index": 300}},
+    "instructblipvideo": {"default": {"video_token_index": 300}},
     "hunyuan_vl": {"text_config.rope_parameters": _mrope(1, 1, 1, 1)},
 }

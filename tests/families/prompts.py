@@ -37,7 +37,3 @@ def text_prompts(model: PreTrainedModel) -> list[Prompt]:
         mask = torch.stack([(torch.arange(width) >= width - n).long() for n in rows])
         prompts.append(Prompt(name, {"input_ids": ids * mask, "attention_mask": mask}, new, width))
     return prompts
-
-
-def image_prompts(model: PreTrainedModel) -> list[Prompt]:
-    return []

@@ -49,12 +49,16 @@ _TEXT = [
     (r"hidden_size_per_layer_input|altup_dim|laurel_rank", HEAD_DIM),
     (r"num_global_key_value_heads|num_kv_shared_layers", 1),
     (r"num_nextn_predict_layers|mtp_num_layers|num_mtp_layers|mtp_num_hidden_layers", 0),
-    (r"projection_dim|\w*out_hidden_size|out_dim|output_dim|projector_hidden_size|projector_hidden_dim", HIDDEN),
+    (
+        r"projection_dim|\w*out_hidden_size|out_dim|output_dim|projector_hidden_size|projector_hidden_dim",
+        HIDDEN,
+    ),
     (r"mm_hidden_size|text_hidden_size|\w*output_hidden_size|llm_hidden_size|vision_hidden_size", HIDDEN),
 ]
 _SEEING = [
     (r"image_size|img_size|input_size|target_size|default_image_size", 32),
     (r"patch_size", 8),
+    (r"window_size", 16),
     (r"hidden_size|embed_dim|d_model|width|dim|hidden_dim|embed_size", HIDDEN),
     (r"depth|num_hidden_layers|num_layers|layers|encoder_layers|num_global_layers", 2),
     (r"num_heads|num_attention_heads|heads|attention_heads|encoder_attention_heads", HEADS),
@@ -64,7 +68,9 @@ _SEEING = [
     (r"num_mel_bins|n_mels|input_feat_size|feat_dim|input_dim|mel_bins|feature_size", 8),
     (r"num_query_tokens|num_queries|query_length|num_latents|resampler_n_latents", 4),
 ]
-_SEEING_KEY = re.compile(r"vision|visual|image|vit|audio|speech|codec|qformer|encoder_config|projector|sam|dpt")
+_SEEING_KEY = re.compile(
+    r"vision|visual|image|vit|audio|speech|codec|qformer|encoder_config|projector|sam|dpt"
+)
 
 
 def role_of(key: str, role: str) -> str:
@@ -152,7 +158,8 @@ def _kinds(fields: dict[str, Any], layers: int) -> dict[str, list[Any]]:
 def _key_value_heads(config: PreTrainedConfig, fields: dict[str, Any], role: str) -> dict[str, int]:
     """Two key-value heads where the default has fewer than query heads, as many as these where it has not."""
     given = {}
-    heads = getattr(config, "num_attention_heads", None)
+    # Where heads differ from layer to layer, asking for the attribute raises.
+    heads = fields.get("num_attention_heads") or getattr(config, "num_attention_heads", None)
     for name in ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "n_kv_heads"):
         value = fields.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and role == "text":
