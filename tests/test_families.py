@@ -1,4 +1,4 @@
-"""Small models of transformers' generative classes say with specfuse what they say with ``model.generate``."""
+"""Small models of transformers' generative classes say with specfuse what ``model.generate`` says."""
 
 from __future__ import annotations
 

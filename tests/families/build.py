@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .overrides import FLOAT32, MODEL_TYPES
+from .overrides import FLOAT32, MODEL_TYPES, VARIANTS
 from .shrink import Shrinker
 
 MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
@@ -33,11 +33,20 @@ def classes() -> dict[str, list[str]]:
                 types += [model_type] if model_type not in types else []
     for name, model_type in ENCODER_DECODERS.items():
         found.setdefault(name, [model_type])
+    for name in VARIANTS:
+        if plain(name) in found:
+            found[name] = found[plain(name)]
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def plain(name: str) -> str:
+    """Name of the class behind a variant's."""
+    return name.partition(" (")[0]
 
 
 def model_class(name: str, model_type: str) -> type[PreTrainedModel]:
     """The class itself; some are in their module but not at the top of the package."""
+    name = plain(name)
     if hasattr(transformers, name):
         return getattr(transformers, name)
     folder = CONFIG_MAPPING[model_type].__module__.rsplit(".", 1)[0]
@@ -48,7 +57,7 @@ def model_class(name: str, model_type: str) -> type[PreTrainedModel]:
 def small_config(name: str, model_type: str) -> PreTrainedConfig:
     """A small configuration for one class."""
     given = dict(MODEL_TYPES.get(model_type, {}))
-    given |= MODEL_TYPES.get(name, {})
+    given |= VARIANTS.get(name, {})
     config = CONFIG_MAPPING[model_type]
     default = config(**given.pop("default", {}))
     role_key = getattr(model_class(name, model_type), "config_class", None)
@@ -99,7 +108,7 @@ SCALES = ((3.0, 0.5), (3.0, 0.1), (8.0, 0.1), (8.0, 0.02), (3.0, 2.0), (20.0, 0.
 
 
 def randomize(model: PreTrainedModel, gain: float, embedding: float, seed: int = 0) -> None:
-    """Redraws every matrix with standard deviation ``gain / sqrt(fan_in)``, so that the model has opinions."""
+    """Redraws matrices with standard deviation ``gain / sqrt(fan_in)``, so that the model has opinions."""
     generator = torch.Generator().manual_seed(seed)
     tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
     for name, parameter in _matrices(model):

@@ -198,6 +198,13 @@ def one(
     return found
 
 
+def _parting(got: Tensor, expected: Tensor, prompt: Prompt) -> str:
+    if got.shape != expected.shape:
+        return f"shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
+    at = int((got != expected).any(0).nonzero()[0]) - prompt.length
+    return f"parts at answer token {at} of {prompt.new}"
+
+
 def _apart(seen: Tensor, expected: Tensor) -> str:
     """Where logits differ by more than rounding: a wrong mask need not show in a short answer."""
     # Some classes rule tokens out with the lowest number there is.

@@ -1,4 +1,4 @@
-"""A prompt with a picture or a sound for any class that takes one, found by trying the known shapes of inputs.
+"""A prompt with a picture or a sound for any class that takes one, found by trying the known shapes.
 
 A model that is given one placeholder too few says how many it wants; so each shape is tried until the model
 runs, and then only counts if another picture gives other logits.
@@ -65,6 +65,8 @@ def _fitted(
         inputs = {**_text(model, wanted, parameters, key), **media}
         try:
             logits = _last_logits(model, inputs)
+            if logits.shape[0] > 1:
+                raise ValueError(f"tokens: {wanted}, features: {logits.shape[0] + wanted - 1}")
         except Exception as error:
             text = described(error)
             found = _WANTED.search(text)
@@ -128,4 +130,6 @@ def _one(config: Any, names: tuple[str, ...]) -> list[int]:
 
 def _last_logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        return model(**inputs).logits[:, -1]
+        logits = model(**inputs).logits
+    # More than one row: as many more as positions that the model has made of a single placeholder.
+    return logits[0, inputs["input_ids"].shape[1] - 1 :] if "input_features" in inputs else logits[:, -1]

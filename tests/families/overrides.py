@@ -54,7 +54,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
         "vision_config.vision_output_dim": 96,
         "vision_config.num_global_layers": 1,
     },
-    "voxtral": {"audio_config.intermediate_size": 128},
+    "voxtral": {"default": {"audio_token_id": 300}, "audio_config.intermediate_size": 128},
     "blt": {"encoder_hash_byte_group_vocab": 100},
     "kyutai_speech_to_text": {"codec_config.upsample_groups": 32, "codec_config.num_filters": 8},
     "vipllava": {"vision_feature_layer": [-1, -2]},
@@ -88,6 +88,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
         "text_config.num_experts_per_tok": 2,
     },
     "dots1": {**_MOE, "first_k_dense_replace": 1, "layer_types": ["full_attention", "sliding_attention"]},
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "kimi_linear": {"num_experts_per_token": 2},
     "longcat_flash": {"num_layers": 1},
@@ -131,3 +132,35 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "instructblipvideo": {"default": {"video_token_index": 300}},
     "hunyuan_vl": {"text_config.rope_parameters": _mrope(1, 1, 1, 1)},
 }
+
+_WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+
+# Another configuration of a class, where its defaults leave out what others have.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "BertLMHeadModel (encoder)": {"is_decoder": False},
+    "FalconForCausalLM (alibi)": {"alibi": True},
+    "FalconForCausalLM (new decoder)": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "Gemma3ForCausalLM (bidirectional)": {"use_bidirectional_attention": True},
+    "GPTBigCodeForCausalLM (many heads)": {"multi_query": False},
+    "LlamaForCausalLM (dynamic rope)": {
+        "max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "LlamaForCausalLM (longrope)": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 16,
+            "factor": 8.0,
+        },
+    },
+    "LlamaForCausalLM (sliding_window in the config)": {"sliding_window": 8},
+    "MixtralForCausalLM (window)": {"sliding_window": 8},
+    "Phi3ForCausalLM (window)": {"sliding_window": 8},
+    "Qwen2ForCausalLM (windows)": _WINDOWS,
+    "Qwen2MoeForCausalLM (windows)": _WINDOWS,
+    "Qwen3ForCausalLM (windows)": _WINDOWS,
+}
+"""Name of the class, and in brackets what is special -> fields."""

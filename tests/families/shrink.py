@@ -144,7 +144,7 @@ def _layer_count(config: PreTrainedConfig) -> int:
 
 
 def _kinds(fields: dict[str, Any], layers: int) -> dict[str, list[Any]]:
-    """Per-layer lists cut to the layers that show every combination of kinds, two at least, in their order."""
+    """Per-layer lists cut to layers that show every combination of kinds, two at least, in their order."""
     lists = {k: v for k, v in fields.items() if isinstance(v, list) and len(v) == layers and layers > 2}
     if not lists:
         return {}

@@ -76,10 +76,11 @@ def table(found: list[Outcome]) -> str:
         "# Generative classes of transformers",
         "",
         f"Small random models of {len(found)} classes of transformers {transformers.__version__} (PyTorch "
-        f"{torch.__version__.split('+')[0]}, float64, CPU), compared with greedy `model.generate`. Every class "
-        "answers a short prompt, one longer than a sliding window, a left-padded batch and, where inputs could "
-        "be made, one with pixels: without a drafter, with right drafts among wrong siblings, with right "
-        "chains, and twice with the default drafter.",
+        f"{torch.__version__.split('+')[0]}, CPU, float64 where the class takes it), compared with greedy "
+        "`model.generate`. Every class answers a short prompt, one longer than a sliding window, a padded "
+        "batch and, where inputs could be made, one with pixels and one with sound: without a drafter, with "
+        "right drafts among wrong siblings (tokens, and logits to 1e-4), with right chains, and twice with "
+        "the default drafter.",
         "",
         "Made by `python -m tests.families.table --out docs/families.md`.",
         "",
