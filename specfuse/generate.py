@@ -204,22 +204,24 @@ class SpeculativeGenerator:
         shown = {name: x for name, x in kwargs.items() if name.startswith("pixel_values")}
         request["pixels"] = {**self.encoded_pixels, **shown}
         decode = functools.partial(_hand_over, generator=self, request=request)
+        # By name: a class with a generate of its own (BLIP-2) begins with another argument.
+        kwargs = kwargs if inputs is None else {"inputs": inputs, **kwargs}
         try:
-            return self.model.generate(inputs, custom_generate=decode, **kwargs)
+            return self.model.generate(custom_generate=decode, **kwargs)
         except PlainOnly as reason:
             if self.named or self.rule is not None:
                 raise
-            return self._plain(inputs, kwargs, streamer, seed, reason)
+            return self._plain(kwargs, streamer, seed, reason)
 
     def _plain(
-        self, inputs: Any, kwargs: dict[str, Any], streamer: Any, seed: Any, reason: PlainOnly
+        self, kwargs: dict[str, Any], streamer: Any, seed: Any, reason: PlainOnly
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """What ``model.generate`` gives without us; warns once for each reason."""
         warnings.warn(f"decoding plainly with model.generate: {reason}", stacklevel=3)
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(int(torch.as_tensor(seed).flatten()[0]))
-            output = self.model.generate(inputs, streamer=streamer, **kwargs)
+            output = self.model.generate(streamer=streamer, **kwargs)
         self.last_stats, self.last_acceptance = GenerationStats(drafting_stopped=str(reason)), LOSSLESS
         if not isinstance(output, Tensor):
             output.stats, output.acceptance = self.last_stats, dict(LOSSLESS)

@@ -128,9 +128,15 @@ def require_known_inputs(model: PreTrainedModel, input_ids: Tensor, inputs: Mapp
         inputs: the model's inputs besides ids, mask, cache and positions.
 
     Raises:
-        PlainOnly: an integer or bool tensor ``[B, P, ...]`` (``token_type_ids``, ...), or ``labels``.
+        PlainOnly: an integer or bool tensor ``[B, P, ...]`` (``token_type_ids``, ...), ``labels``, or what an
+            encoder has computed.
     """
     for name, value in inputs.items():
+        if name.startswith("encoder_") and value is not None:
+            raise PlainOnly(
+                f"model {type(model).__name__}: {name} is for cross-attention, which is not supported; use "
+                "model.generate"
+            )
         if name in _PER_TOKEN or not isinstance(value, Tensor) or name.startswith(("pixel_values", "event_")):
             continue
         whole = not value.is_floating_point() and value.dim() > 1 and value.shape[:2] == input_ids.shape

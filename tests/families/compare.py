@@ -189,7 +189,8 @@ def one(
     stats = generator.last_stats
     found.accepted = stats.accepted
     found.warning = " ".join([*logged.lines, *(str(w.message) for w in caught if "specfuse" in w.filename)])
-    if stats.drafting_stopped:
+    # Without a pass of ours, model.generate has decoded all of it.
+    if stats.drafting_stopped and stats.passes:
         found.verdict, found.detail = "error", f"drafting stopped: {stats.drafting_stopped}"
     if got.shape != expected.shape or not torch.equal(got, expected):
         found.verdict, found.detail = "wrong", _parting(got, expected, prompt)
@@ -224,7 +225,14 @@ def is_refusal(error: Exception, model: PreTrainedModel) -> bool:
     """Whether an error is specfuse's own ValueError that names the class or an argument."""
     frames = traceback.extract_tb(error.__traceback__)
     own = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
-    named = (type(model).__name__, "attn_implementation", "input_ids", "attention_mask", "position_ids")
+    named = (
+        type(model).__name__,
+        "attn_implementation",
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "encoder_",
+    )
     return own and isinstance(error, ValueError) and any(word in str(error) for word in named)
 
 
