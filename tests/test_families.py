@@ -28,7 +28,7 @@ REPRESENTATIVE = {
     "GPTNeoForCausalLM": {"equal", "plain only", "refused"},
     "OpenAIGPTLMHeadModel": {"plain only", "refused"},
     "MambaForCausalLM": {"plain only", "refused"},
-    "BartForConditionalGeneration": {"refused"},
+    "BartForConditionalGeneration": {"plain only", "refused"},
 }
 
 
