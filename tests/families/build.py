@@ -116,6 +116,11 @@ def randomize(model: PreTrainedModel, gain: float, embedding: float, seed: int =
         scale = embedding if name in tables else gain / _fan_in(parameter) ** 0.5
         with torch.no_grad():
             parameter.copy_((noise * scale).to(parameter.dtype))
+    for name, parameter in model.named_parameters():
+        # Gates of cross attention begin closed: nothing of a picture would come through.
+        if any(word in name for word in ("gate", "alpha")) and not parameter.any():
+            with torch.no_grad():
+                parameter.fill_(0.7)
 
 
 def _matrices(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
