@@ -60,10 +60,10 @@ def small_config(name: str, model_type: str) -> PreTrainedConfig:
     given |= VARIANTS.get(name, {})
     config = CONFIG_MAPPING[model_type]
     default = config(**given.pop("default", {}))
-    role_key = getattr(model_class(name, model_type), "config_class", None)
-    if role_key is not None and not isinstance(default, role_key):
+    wanted = getattr(model_class(name, model_type), "config_class", None)
+    if wanted is not None and not isinstance(default, wanted):
         inner = default.get_text_config(decoder=True)
-        if isinstance(inner, role_key):
+        if isinstance(inner, wanted):
             # A class of the text part alone (Qwen3_5ForCausalLM) is made of the text configuration.
             default = inner
             given = {name.removeprefix("text_config."): value for name, value in given.items()}
