@@ -60,10 +60,10 @@ def small_config(name: str, model_type: str) -> PreTrainedConfig:
     given |= VARIANTS.get(name, {})
     config = CONFIG_MAPPING[model_type]
     default = config(**given.pop("default", {}))
-    role_key = getattr(model_class(name, model_type), "config_class", None)
-    if role_key is not None and not isinstance(default, role_key):
+    wanted = getattr(model_class(name, model_type), "config_class", None)
+    if wanted is not None and not isinstance(default, wanted):
         inner = default.get_text_config(decoder=True)
-        if isinstance(inner, role_key):
+        if isinstance(inner, wanted):
             # A class of the text part alone (Qwen3_5ForCausalLM) is made of the text configuration.
             default = inner
             given = {name.removeprefix("text_config."): value for name, value in given.items()}
@@ -116,6 +116,11 @@ def randomize(model: PreTrainedModel, gain: float, embedding: float, seed: int =
         scale = embedding if name in tables else gain / _fan_in(parameter) ** 0.5
         with torch.no_grad():
             parameter.copy_((noise * scale).to(parameter.dtype))
+    for name, parameter in model.named_parameters():
+        # Gates of cross attention begin closed: nothing of a picture would come through.
+        if any(word in name for word in ("gate", "alpha")) and not parameter.any():
+            with torch.no_grad():
+                parameter.fill_(0.7)
 
 
 def _matrices(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

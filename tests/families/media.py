@@ -45,12 +45,34 @@ def media_prompts(model: PreTrainedModel) -> tuple[list[Prompt], str]:
         for media in shapes(model, parameters):
             inputs, problem = _fitted(model, media, parameters, key)
             if inputs is not None:
-                prompts.append(Prompt(name, inputs, 16, inputs["input_ids"].shape[1]))
+                prompts += _alone_and_padded(model, name, inputs)
                 break
             problems.append(problem)
         else:
             missing.append(f"no prompt with {name}: {problems[0]}")
     return prompts, "; ".join(missing)
+
+
+# Inputs that have a column for each id.
+_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+_COLUMNS += ("image_embeds_position_mask", "image_attention_mask")
+
+
+def _alone_and_padded(model: PreTrainedModel, name: str, inputs: dict[str, Tensor]) -> list[Prompt]:
+    """The prompt, and two rows of it: the second has two words less and another picture."""
+    length = inputs["input_ids"].shape[1]
+    rows = {}
+    for key, value in inputs.items():
+        other = -value if value.is_floating_point() else value.clone()
+        if key in _COLUMNS:
+            other[:, :2] = 0
+        rows[key] = torch.cat([value, other])
+    alone = Prompt(name, inputs, 16, length)
+    try:
+        _last_logits(model, rows)
+    except Exception:  # some take one picture at a time
+        return [alone]
+    return [alone, Prompt(f"{name} padded", rows, 12, length)]
 
 
 def _fitted(

@@ -6,7 +6,7 @@ from typing import Any
 
 from .shrink import REMOVE
 
-FLOAT32 = {"xglm", "xlnet", "xlstm"}
+FLOAT32 = {"kosmos-2", "xglm", "xlnet", "xlstm"}
 """Model types whose forward takes no float64."""
 
 
