@@ -65,8 +65,9 @@ SMALL_TILES |= {
     "MID_STAGES": 2,
     "UP_M": 32,
     "UP_N": 32,
-    "UP_K": 32,
+    "UP_K": 16,
     "UP_WARPS": 4,
+    "UP_STAGES": 2,
 }
 
 
