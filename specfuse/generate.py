@@ -216,7 +216,7 @@ class SpeculativeGenerator:
     def _plain(
         self, kwargs: dict[str, Any], streamer: Any, seed: Any, reason: PlainOnly
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        """What ``model.generate`` gives without us; warns once for each reason."""
+        """What ``model.generate`` gives without us, and a warning."""
         warnings.warn(f"decoding plainly with model.generate: {reason}", stacklevel=3)
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from specfuse.hf.rope import length_dependent_rope
 from specfuse.hf.windows import ignores_window
 from specfuse.passes.tree_forward import TreeForward
 from specfuse.tree import TokenTree
@@ -156,27 +157,13 @@ def require_one_rope(model: PreTrainedModel, longest: int) -> None:
     Raises:
         PlainOnly: a position may lie beyond the boundary at which a rope type changes its frequencies.
     """
-    config = model.config.get_text_config(decoder=True)
-    for rope in _ropes(getattr(config, "rope_parameters", None)):
-        if rope.get("rope_type") not in ("dynamic", "longrope"):
-            continue
-        boundary = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
+    changes = length_dependent_rope(model.config.get_text_config(decoder=True))
+    if changes is not None and longest > changes[1]:
+        raise PlainOnly(
+            f"model {type(model).__name__}: rope type {changes[0]!r} changes its frequencies beyond "
+            f"{changes[1]} tokens, and this call may reach {longest}. Lower max_new_tokens or max_nodes, or use "
+            "model.generate"
         )
-        boundary = boundary or config.max_position_embeddings
-        if longest > boundary:
-            raise PlainOnly(
-                f"model {type(model).__name__}: rope type {rope['rope_type']!r} changes its frequencies "
-                f"beyond {boundary} tokens, and this call may reach {longest}. Lower max_new_tokens or "
-                "max_nodes, or use model.generate"
-            )
-
-
-def _ropes(parameters: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(parameters, Mapping):
-        return []
-    nested = [rope for rope in parameters.values() if isinstance(rope, Mapping)]
-    return [parameters, *nested]
 
 
 def _key(model: PreTrainedModel) -> str:

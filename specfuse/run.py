@@ -56,7 +56,7 @@ class GenerationRun:
         self.inputs = {"input_ids": answers.input_ids, **model_kwargs}
         # An untested class may build a mask of its own from pixels (image spans that attend both ways).
         more = model_kwargs.keys() - {"position_ids", "inputs_embeds"}
-        self.own_prompt_mask = not is_tested(model) and any(model_kwargs[name] is not None for name in more)
+        self.own_prompt_mask = any(model_kwargs[name] is not None for name in more) and not is_tested(model)
         embeds = model_kwargs.get("inputs_embeds")
         self.prompt_length = answers.input_ids.shape[1] if embeds is None else embeds.shape[1]
         batch = answers.input_ids.shape[0]

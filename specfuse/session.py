@@ -132,11 +132,12 @@ class VideoSession:
                 session sets itself; everything `specfuse.generate` raises.
         """
         self._check_request(question, generate_kwargs)
+        weights = self._video.weights()
         if self._ids is None:
             ids, pixels = self._first_prompt(question)
-            kv = self._video.prefix_kv(ids, pixels)
+            kv = self._video.prefix_kv(ids, pixels, weights)
         else:
-            ids, kv = self._next_prompt(self._ids, question), self._said_kv()
+            ids, kv = self._next_prompt(self._ids, question), self._said_kv(weights)
         generator = SpeculativeGenerator(self.model, self.drafter, max_nodes=self.max_nodes)
         generator.encoded_pixels = self._video.pixels
         output: Any = generator.generate(
@@ -151,7 +152,7 @@ class VideoSession:
         answer = Answer(text, tokens, output.stats)
         self._ids = output.sequences
         self._kv = _first_slots(output_cache(output), output.sequences.shape[1] - 1)
-        self._weights = self._video.weights()
+        self._weights = weights
         self.history += ((question, answer),)
         return answer
 
@@ -240,10 +241,11 @@ class VideoSession:
 
     def _prompts(self, questions: Sequence[str]) -> tuple[list[Tensor], LayerKV]:
         """The prompts ``[1, S]`` that would follow what was said so far, and its KV."""
+        weights = self._video.weights()
         if self._ids is not None:
-            return [self._next_prompt(self._ids, question) for question in questions], self._said_kv()
+            return [self._next_prompt(self._ids, question) for question in questions], self._said_kv(weights)
         first, pixels = self._first_prompt(questions[0])
-        kv = self._video.prefix_kv(first, pixels)
+        kv = self._video.prefix_kv(first, pixels, weights)
         end = next(iter(kv.values()))[0].shape[2]
         prompts = [first]
         for question in questions[1:]:
@@ -253,12 +255,12 @@ class VideoSession:
             return [self._first_prompt(question)[0] for question in questions], kv
         return prompts, kv
 
-    def _said_kv(self) -> LayerKV:
+    def _said_kv(self, weights: bytes) -> LayerKV:
         """KV of what was said so far; of the video alone where the model has changed since."""
         assert self._ids is not None
-        if self._weights == self._video.weights():
+        if self._weights == weights:
             return self._kv
-        return self._video.prefix_kv(self._ids, self._video.pixels)
+        return self._video.prefix_kv(self._ids, self._video.pixels, weights)
 
     def _behind_video(self, question: str, like: Tensor) -> Tensor:
         """The first turn's tokens behind the last frame, int64 ``[1, n]``."""
@@ -292,13 +294,12 @@ class _EncodedVideo:
         """A fingerprint of the model's weights, adapters and configuration."""
         return self._fingerprint.digest()
 
-    def prefix_kv(self, ids: Tensor, pixels: dict[str, Tensor]) -> LayerKV:
+    def prefix_kv(self, ids: Tensor, pixels: dict[str, Tensor], weights: bytes) -> LayerKV:
         """KV of `ids` [1, S] up to the last visual token, computed at the first call."""
         self.pixels = pixels
         visual = torch.isin(ids[0], torch.tensor(self.visual_ids, device=ids.device)).nonzero()
         end = int(visual.max()) + 1
         with self._lock:
-            weights = self.weights()
             known = self._prefix is not None and torch.equal(self._prefix, ids[:, :end])
             if not known or weights != self._weights:
                 # One token more than the prefix: a patched model then finds the clip in its own cache.

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers import PreTrainedModel, VideoLlavaForConditionalGeneration
 
-# Frequencies of these rope types change with the length of the sequence, and the prefix' keys with them.
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+from specfuse.hf.rope import length_dependent_rope
 
 
 class VideoLlavaAdapter:
@@ -75,9 +74,8 @@ class VideoLlavaAdapter:
     def position_dependent(self, model: PreTrainedModel) -> str | None:
         """Names the setting that lets later tokens change the prefix' KV, if there is one."""
         config = model.config.get_text_config()
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-            return f"rope type {rope['rope_type']}"
+        if rope := length_dependent_rope(config):
+            return f"rope type {rope[0]}"
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             return f"layer types {sorted(kinds)}"
