@@ -93,6 +93,19 @@ def with_stop_strings(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[st
     return {**kwargs, "stopping_criteria": criteria}
 
 
+def without_stop_strings(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model like this one, sharing everything, whose generation config has no stop strings.
+
+    ``generate`` takes them from the model's own config wherever the call's config has none.
+    """
+    if not isinstance(model, PreTrainedModel) or model.generation_config.stop_strings is None:
+        return model
+    host = copy.copy(model)
+    host.generation_config = copy.deepcopy(model.generation_config)
+    host.generation_config.stop_strings = None
+    return host
+
+
 def row_seeds(seed: int | Sequence[int] | Tensor | None, batch: int, do_sample: bool) -> Tensor:
     """``[B]`` int64 noise seeds from the ``seed`` argument; row b of an int s gets s + b."""
     if seed is None:

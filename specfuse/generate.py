@@ -23,19 +23,25 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specfuse.acceptance import AcceptanceRule, resolve_acceptance
 from specfuse.acceptance.walk import LOSSLESS, LossyWalk
 from specfuse.answers import Answers
-from specfuse.arguments import check_arguments, check_config, check_mask, with_stop_strings
+from specfuse.arguments import (
+    check_arguments,
+    check_config,
+    check_mask,
+    with_stop_strings,
+    without_stop_strings,
+)
 from specfuse.drafters import Drafter, DraftState, resolve_drafter, root_only
 from specfuse.drafters.guard import leave_out_finished, without_foreign_tokens
 from specfuse.drafters.scenes import check_takes_events
 from specfuse.drafters.supervised import SupervisedDrafter
 from specfuse.exclusive import exclusive
-from specfuse.hf.cache_names import with_cache_name
+from specfuse.hf.cache_names import pop_cache, with_cache_name
 from specfuse.hf.versions import warn_if_untested
-from specfuse.model_check import PlainOnly, require_known_inputs, require_one_rope, require_trees
 from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
 from specfuse.stats import Clock, GenerationStats
 from specfuse.stream import AnswerStream
+from specfuse.support import PlainOnly, require_support
 from specfuse.tree import TokenTree
 from specfuse.tree_size import LARGEST, TreeSize, costs_of
 from specfuse.video_prompt import with_video
@@ -182,6 +188,7 @@ class SpeculativeGenerator:
         self.last_stats: GenerationStats | None = None
         self.last_acceptance: Mapping[str, Any] = LOSSLESS
         self.encoded_pixels: Mapping[str, Tensor] = {}
+        self.plain_prompt = 0  # P of the last call that model.generate decoded
 
     def generate(
         self,
@@ -203,25 +210,31 @@ class SpeculativeGenerator:
         # Since 5.18 the loop is handed encoded pixels only; a draft model needs the pixels themselves.
         shown = {name: x for name, x in kwargs.items() if name.startswith("pixel_values")}
         request["pixels"] = {**self.encoded_pixels, **shown}
-        decode = functools.partial(_hand_over, generator=self, request=request)
         # By name: a class with a generate of its own (BLIP-2) begins with another argument.
         kwargs = kwargs if inputs is None else {"inputs": inputs, **kwargs}
+        host = without_stop_strings(self.model)
+        decode = functools.partial(_hand_over, generator=self, host=host, request=request)
         try:
-            return self.model.generate(custom_generate=decode, **kwargs)
+            return host.generate(custom_generate=decode, **kwargs)
         except PlainOnly as reason:
             if self.named or self.rule is not None:
                 raise
-            return self._plain(kwargs, streamer, seed, reason)
+            return self._plain(host, kwargs, streamer, seed, reason)
 
     def _plain(
-        self, kwargs: dict[str, Any], streamer: Any, seed: Any, reason: PlainOnly
+        self, host: PreTrainedModel, kwargs: dict[str, Any], streamer: Any, seed: Any, reason: PlainOnly
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """What ``model.generate`` gives without us, and a warning."""
         warnings.warn(f"decoding plainly with model.generate: {reason}", stacklevel=3)
+        if self.encoded_pixels:
+            # The cache of a session was computed for us; where a class bounds it, only that class knows how.
+            pop_cache(kwargs)
+            kwargs |= self.encoded_pixels
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(int(torch.as_tensor(seed).flatten()[0]))
-            output = self.model.generate(streamer=streamer, **kwargs)
+            output = host.generate(streamer=streamer, **kwargs)
+        self.plain_prompt = reason.prompt_length
         self.last_stats, self.last_acceptance = GenerationStats(drafting_stopped=str(reason)), LOSSLESS
         if not isinstance(output, Tensor):
             output.stats, output.acceptance = self.last_stats, dict(LOSSLESS)
@@ -277,11 +290,8 @@ class SpeculativeGenerator:
     ) -> GenerationRun:
         check_config(generation_config)
         check_mask(model_kwargs.get("attention_mask"))
-        room = self.max_nodes if self.drafter is not None else 0
-        require_one_rope(model, generation_config.max_length + room)
-        require_known_inputs(model, input_ids, model_kwargs)
-        if self.check:
-            require_trees(model)
+        nodes = self.max_nodes if self.drafter is not None else 0
+        require_support(model, input_ids, generation_config, model_kwargs, nodes, self.check)
         check_takes_events(self.drafter, request["events"])
         answers = Answers(input_ids, stopping_criteria, generation_config, request["streamer"])
         run = GenerationRun(
@@ -354,7 +364,10 @@ def _hand_over(
     input_ids: Tensor,
     *,
     generator: SpeculativeGenerator,
+    host: PreTrainedModel,
     request: Mapping[str, Any],
     **prepared: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
+    # What prepares may be a copy, or hold the model that decodes (PEFT, BLIP-2).
+    model = generator.model if model is host else model
     return generator._decode(model, input_ids, request, **prepared)

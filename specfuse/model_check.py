@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from specfuse.hf.rope import length_dependent_rope
-from specfuse.hf.windows import ignores_window
+from specfuse.passes.out_of_memory import is_out_of_memory
 from specfuse.passes.tree_forward import TreeForward
 from specfuse.tree import TokenTree
 
-TESTED = frozenset(
-    {
-        "EventGptForConditionalGeneration",
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Qwen2ForCausalLM",
-        "VideoLlavaForConditionalGeneration",
-    }
-)
-"""Classes whose tokens our own tests compare with `model.generate`; they are not checked at first use."""
-
-_PER_TOKEN = frozenset({"input_ids", "attention_mask", "position_ids", "inputs_embeds"})
-"""Inputs per token that passes over trees extend."""
-
 _PROMPT, _NEW = 12, 5
-_LONGEST = 1024
+_LONGEST = 8192
 """Tokens of a check's prompt, tokens decoded after it, and the longest prompt that a window may ask for."""
 
+_WINDOW = re.compile("window|chunk|local|block|topk")
+"""Names of config fields that may bound how far attention sees; others do no harm."""
+
 # Mean error of the logits over their standard deviation. An error of masks, positions or cache costs tenths.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
-
-_verdicts: dict[str, Verdict] = {}
-
-
-class PlainOnly(ValueError):
-    """A model, or a call, that only `model.generate` decodes rightly; the text says why."""
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
 
 
 @dataclass(frozen=True)
@@ -78,113 +59,59 @@ def check(model: PreTrainedModel, *, seed: int = 0) -> Verdict:
         >>> specfuse.check(model)
         Verdict(trees=True, reason='', error=1.1e-07)
     """
+    config = model.config.get_text_config(decoder=True)
+    return checked(model, getattr(config, "max_position_embeddings", None) or _LONGEST, seed)[0]
+
+
+def checked(model: PreTrainedModel, longest: int, seed: int) -> tuple[Verdict, bool]:
+    """A verdict, and whether it holds for later calls too."""
+    if model.training:
+        return Verdict(False, "it is in training mode; call model.eval()"), False
+    try:
+        length = long_prompt(model, longest)
+    except ValueError as fault:
+        return Verdict(False, str(fault)), True
+    prompts = [(_PROMPT, [0]), (_PROMPT, [0, 3])] + ([(length, [0])] if length else [])
     worst = 0.0
     with torch.no_grad():
-        for length, pads in _prompts(model):
+        for length, pads in prompts:
             where = f"a prompt of {length} tokens" if len(pads) == 1 else "a batch with left padding"
             try:
                 error = _error(model, length, pads, seed)
             except Exception as failure:
-                return Verdict(False, f"{where}: {type(failure).__name__}: {failure}")
+                reason = f"{where}: {type(failure).__name__}: {failure}"
+                return Verdict(False, reason), not is_out_of_memory(failure)
             worst = max(worst, error)
-            if not error <= _TOLERANCE.get(model.dtype, 0.1):
-                return Verdict(
-                    False, f"logits of a tree differ from those of model.generate after {where}", error
-                )
-    return Verdict(True, "", worst)
+            if not error <= _TOLERANCE.get(model.dtype, 0.05):
+                reason = f"logits of a tree differ from those of model.generate after {where}"
+                return Verdict(False, reason, error), True
+    return Verdict(True, "", worst), True
 
 
-def require_trees(model: PreTrainedModel) -> None:
-    """Check a model of a class and configuration that was not met before.
-
-    Raises:
-        PlainOnly: its trees give other logits than `model.generate`.
-    """
-    if is_tested(model):
-        return
-    key = _key(model)
-    verdict = _verdicts.get(key)
-    if verdict is None:
-        verdict = _verdicts[key] = check(model)
-    if not verdict.trees:
-        raise PlainOnly(
-            f"model {type(model).__name__} (transformers {transformers.__version__}) does not support trees: "
-            f"{verdict.reason}. Use model.generate, or drafter='auto', which falls back to it"
-        )
-
-
-def is_tested(model: PreTrainedModel) -> bool:
-    """Return whether our own tests compare this class with `model.generate`, as it is configured here."""
-    ours = type(model).__module__.startswith(("transformers.", "specfuse."))
-    # PEFT replaces this method on the instance: prompt and prefix tuning rewrite the inputs in it.
-    rewired = "prepare_inputs_for_generation" in vars(model)
-    return ours and type(model).__name__ in TESTED and not rewired and not ignores_window(model)
-
-
-def require_known_inputs(model: PreTrainedModel, input_ids: Tensor, inputs: Mapping[str, Any]) -> None:
-    """Refuse inputs with one entry per prompt token, which tree nodes would need as well.
-
-    Args:
-        input_ids: ``[B, P]``.
-        inputs: the model's inputs besides ids, mask, cache and positions.
+def long_prompt(model: PreTrainedModel, longest: int) -> int:
+    """Tokens of a prompt beyond every window that a call of ``longest`` tokens can cross; 0 for none.
 
     Raises:
-        PlainOnly: an integer or bool tensor ``[B, P, ...]`` (``token_type_ids``, ...), ``labels``, or what an
-            encoder has computed.
+        ValueError: the config leaves no room for such a prompt, or it would be too long.
     """
-    for name, value in inputs.items():
-        if name.startswith("encoder_") and value is not None:
-            raise PlainOnly(
-                f"model {type(model).__name__}: {name} is for cross-attention, which is not supported; use "
-                "model.generate"
-            )
-        if name in _PER_TOKEN or not isinstance(value, Tensor) or name.startswith(("pixel_values", "event_")):
-            continue
-        whole = not value.is_floating_point() and value.dim() > 1 and value.shape[:2] == input_ids.shape
-        if whole or name == "labels":
-            raise PlainOnly(
-                f"model {type(model).__name__}: {name} {tuple(value.shape)} holds an entry per prompt token; "
-                "draft trees would need one too, which is not supported: leave it out, or use model.generate"
-            )
-
-
-def require_one_rope(model: PreTrainedModel, longest: int) -> None:
-    """Refuse calls in which rope frequencies change with the length of a pass.
-
-    Args:
-        longest: tokens of the prompt, the longest answer and the largest tree.
-
-    Raises:
-        PlainOnly: a position may lie beyond the boundary at which a rope type changes its frequencies.
-    """
-    changes = length_dependent_rope(model.config.get_text_config(decoder=True))
-    if changes is not None and longest > changes[1]:
-        raise PlainOnly(
-            f"model {type(model).__name__}: rope type {changes[0]!r} changes its frequencies beyond "
-            f"{changes[1]} tokens, and this call may reach {longest}. Lower max_new_tokens or max_nodes, or use "
-            "model.generate"
-        )
-
-
-def _key(model: PreTrainedModel) -> str:
-    implementation = model.config.get_text_config(decoder=True)._attn_implementation
-    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-    owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
-    if owner is not None:
-        config += f"{type(owner).__name__} {getattr(owner, 'active_peft_config', '')}"
-    return f"{type(model).__module__}.{type(model).__qualname__} {model.dtype} {implementation} {config}"
-
-
-def _prompts(model: PreTrainedModel) -> list[tuple[int, list[int]]]:
-    """Length and left padding per row of each prompt."""
     config = model.config.get_text_config(decoder=True)
-    windows = {getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window")}
-    most = getattr(config, "max_position_embeddings", None) or _LONGEST
-    longer = {
-        w + 3 for w in windows if isinstance(w, int) and w > 0 and w + 3 + 2 * _NEW <= min(most, _LONGEST)
-    }
-    alone = [(length, [0]) for length in (_PROMPT, *sorted(longer - {_PROMPT}))]
-    return [*alone, (_PROMPT, [0, 3])]
+    sizes: set[Any] = set()
+    for name, value in vars(config).items():
+        if _WINDOW.search(name):
+            sizes |= {part for part in (value if isinstance(value, list) else [value]) if type(part) is int}
+    crossed = [size for size in sizes if 1 < size < longest]
+    if not crossed:
+        return 0
+    window, rope = max(crossed), length_dependent_rope(config)
+    most = min(getattr(config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
+    most = (most if rope is None else min(most, rope[1])) - 2 * _NEW
+    if window + 3 > most:
+        raise ValueError(
+            f"a window of {window} tokens can not be checked with prompts of at most {most}, and this call "
+            f"may reach {longest}"
+        )
+    # Far beyond it: half precision hides the loss of a few tokens.
+    return min(2 * window + 3, most)
 
 
 def _error(model: PreTrainedModel, length: int, pads: list[int], seed: int) -> float:

@@ -18,13 +18,13 @@ from specfuse.drafters.guard import leave_out_finished
 from specfuse.drafters.scenes import rows_of_events
 from specfuse.drafters.supervised import SupervisedDrafter
 from specfuse.hf.cache_names import GENERATE_CACHE, pop_cache
-from specfuse.model_check import is_tested
 from specfuse.ops.verify_tree import AcceptedPath
 from specfuse.passes.carried_rows import CarriedRows
 from specfuse.passes.out_of_memory import is_out_of_memory
 from specfuse.passes.step_graph import GraphedSteps, graphs_of
 from specfuse.passes.tree_forward import MAX_MASKED_PREFILL, TreeForward
 from specfuse.stats import GenerationStats
+from specfuse.support import is_tested
 from specfuse.tree import TokenTree
 from specfuse.verify import TokenChoice, Verified, check_distributions, verify
 

@@ -145,14 +145,15 @@ class VideoSession:
             attention_mask=torch.ones_like(ids),
             **{GENERATE_CACHE: _as_cache(kv)},
             return_dict_in_generate=True,
-            **{"events": self.events, **generate_kwargs},
+            **{"events": self.events, "tokenizer": self.processor.tokenizer, **generate_kwargs},
         )
         tokens = output.sequences[0, ids.shape[1] :].tolist()
         text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         answer = Answer(text, tokens, output.stats)
         self._ids = output.sequences
         self._kv = _first_slots(output_cache(output), output.sequences.shape[1] - 1)
-        self._weights = weights
+        # What model.generate decoded alone may have left a cache that only it understands.
+        self._weights = weights if output.stats.passes else b""
         self.history += ((question, answer),)
         return answer
 
@@ -195,7 +196,7 @@ class VideoSession:
                 "attention_mask": torch.ones_like(ids),
                 GENERATE_CACHE: _as_cache(kv),
                 "seed": seeds[i],
-                **{"events": self.events, **generate_kwargs},
+                **{"events": self.events, "tokenizer": self.processor.tokenizer, **generate_kwargs},
             }
             for i, ids in enumerate(prompts)
         )

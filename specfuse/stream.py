@@ -160,9 +160,13 @@ class AnswerStream:
                 raise ValueError(f"requests must be mappings of arguments, got {type(request).__name__}")
             arguments = dict(request)
             name = arguments.pop("id", position)
-            row: _Row = self.admitting.generate(**arguments)
+            row = self.admitting.generate(**arguments)
         except Exception as error:
             yield StreamedAnswer(name, error=error)
+            return
+        if not isinstance(row, _Row):  # only model.generate decodes this one rightly
+            tokens = row[0, self.admitting.plain_prompt :].tolist()
+            yield StreamedAnswer(name, tokens, row, self.admitting.last_stats)
             return
         row.id = name
         if row.done:

@@ -81,6 +81,8 @@ def generate(
     target, processor, inputs = _load(model, dtype, device, clip, question, progress=not json)
     make_drafter = _drafter_factory(drafter, corpus, target, processor)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if target.generation_config.stop_strings is not None:
+        options["tokenizer"] = processor.tokenizer
     if temperature > 0:
         options["temperature"] = temperature
     used = make_drafter()
