@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -89,7 +90,7 @@ def _require_inference(model: PreTrainedModel, longest: int) -> None:
             f"model {name} is in training mode with gradient checkpointing, which keeps no KV cache: call "
             "model.eval()"
         )
-    slots = slots_of_causal_buffers(model)
+    slots = None if is_tested(model) else slots_of_causal_buffers(model)
     if slots is not None and longest > slots:
         raise PlainOnly(
             f"model {name}: its causal masks hold {slots} slots, and this call may take {longest}. Lower "
@@ -110,6 +111,8 @@ def require_trees(model: PreTrainedModel, longest: int = 0) -> None:
         return
     # What was changed on the object is that object's alone.
     verdicts = _own_verdicts.setdefault(model, {}) if _is_rewired(model) else _verdicts
+    if model.training:
+        raise PlainOnly(f"model {type(model).__name__} is in training mode; call model.eval()")
     window = unmasked_window(model)
     if window is not None and window < longest:
         raise PlainOnly(
@@ -153,7 +156,10 @@ def _is_rewired(model: PreTrainedModel) -> bool:
     patched = forward is None or not getattr(forward, "had_own_forward", True)
     if "prepare_inputs_for_generation" in own or not patched:
         return True
-    return any(type(module).__module__.startswith("peft.") for module in model.modules())
+    # Without the library there are no such layers, and no need to look at every module.
+    return "peft" in sys.modules and any(
+        type(part).__module__.startswith("peft.") for part in model.modules()
+    )
 
 
 def require_known_inputs(model: PreTrainedModel, input_ids: Tensor, inputs: Mapping[str, Any]) -> None:

@@ -109,6 +109,26 @@ def test_kv_of_other_weights_is_not_used(model: Any, processor: Any) -> None:
     assert old.ask("Why?", max_new_tokens=NEW, do_sample=False).tokens == fresh.tokens
 
 
+@pytest.mark.filterwarnings("ignore:decoding plainly")
+def test_a_session_that_is_decoded_plainly(model: Any, processor: Any) -> None:
+    # A window that LLaMA's masks do not show and its cache applies.
+    model.config.text_config.sliding_window = 16
+    session = VideoSession(model, processor, clip())
+    for question in ("What is this?", "And now?", "Why?"):
+        answer = session.ask(question, max_new_tokens=NEW)
+        assert "a window of 16 tokens" in answer.stats.drafting_stopped
+        assert answer.tokens == uncached_answer(model, processor, session, answer)
+
+
+def test_stop_strings_of_the_generation_config(model: Any, processor: Any) -> None:
+    free = VideoSession(model, processor, clip()).ask("What is this?", max_new_tokens=NEW)
+    middle = processor.tokenizer.decode(free.tokens[3:4])
+    model.generation_config.stop_strings = [middle]
+    stopped = VideoSession(model, processor, clip()).ask("What is this?", max_new_tokens=NEW)
+    assert 1 <= len(stopped.tokens) <= 4 and stopped.tokens == free.tokens[: len(stopped.tokens)]
+    assert model.generation_config.stop_strings == [middle]
+
+
 def test_forks_are_independent(model: Any, processor: Any) -> None:
     session = VideoSession(model, processor, clip(), "lookup")
     session.ask("What is happening?", max_new_tokens=NEW)
