@@ -35,7 +35,7 @@ from specfuse.drafters.guard import leave_out_finished, without_foreign_tokens
 from specfuse.drafters.scenes import check_takes_events
 from specfuse.drafters.supervised import SupervisedDrafter
 from specfuse.exclusive import exclusive
-from specfuse.hf.cache_names import pop_cache, with_cache_name
+from specfuse.hf.cache_names import GENERATE_CACHE, pop_cache, with_cache_name
 from specfuse.hf.versions import warn_if_untested
 from specfuse.pacing import Backoff
 from specfuse.run import GenerationRun
@@ -206,7 +206,7 @@ class SpeculativeGenerator:
         kwargs.pop("trust_remote_code", None)  # no remote code is run either way
         kwargs = with_cache_name(with_stop_strings(self.model, with_video(self.model, inputs, kwargs)))
         request = {"seed": seed, "draft_inputs": draft_inputs, "events": events}
-        request |= {"evidence": evidence, "streamer": streamer}
+        request |= {"evidence": evidence, "streamer": streamer, "given_cache": kwargs.get(GENERATE_CACHE)}
         # Since 5.18 the loop is handed encoded pixels only; a draft model needs the pixels themselves.
         shown = {name: x for name, x in kwargs.items() if name.startswith("pixel_values")}
         request["pixels"] = {**self.encoded_pixels, **shown}

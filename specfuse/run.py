@@ -50,6 +50,7 @@ class GenerationRun:
     ):
         self.model, self.answers, self.config = model, answers, config
         self.past = pop_cache(model_kwargs)
+        self.given = request.get("given_cache")  # the caller's, which is filled as model.generate fills it
         self.prompt_mask = model_kwargs.pop("attention_mask", None)
         for handled in ("use_cache", "logits_to_keep"):
             model_kwargs.pop(handled, None)
@@ -187,7 +188,8 @@ class GenerationRun:
         if not self.answers.has_eos:
             return False
         plain = self.choice.processors is None and self.verify is verify and self.graphed is None
-        return plain and not self.target.keeps_states and not self.config.return_dict_in_generate
+        kept = self.config.return_dict_in_generate or self.given is not None
+        return plain and not self.target.keeps_states and not kept
 
     def commit(self, verified: Verified, kept: list[int]) -> None:
         """Keeps what ``emit`` has emitted in the cache."""
@@ -282,14 +284,17 @@ class GenerationRun:
         if self.answers.streamer is not None:
             self.answers.streamer.end()
         sequences = self.answers.sequences()
-        if not self.config.return_dict_in_generate:
+        if self.given is None and not self.config.return_dict_in_generate:
             return sequences
         self._fill_finished_rows(sequences)
+        cache = self.target.cache.to_dynamic(self.prompt_length + self.answers.width - 1, self.given)
+        if not self.config.return_dict_in_generate:
+            return sequences
         output = GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=self._columns(self.scores, padding=True) if self.choice.keep_scores else None,
             logits=self._columns(self.logits, padding=False) if self.choice.keep_logits else None,
-            **{GENERATE_CACHE: self.target.cache.to_dynamic(self.prompt_length + self.answers.width - 1)},
+            **{GENERATE_CACHE: cache},
         )
         output.stats = stats
         return output

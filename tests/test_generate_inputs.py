@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import random_prompts, tiny_llama
-from transformers import GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
 
 import specfuse
 from specfuse.hf.cache_names import GENERATE_CACHE, output_cache
@@ -94,3 +94,32 @@ def test_peft_prompt_tuning_is_decoded_plainly_and_lora_by_trees():
     expected = tuned.generate(**inputs, **options)
     with pytest.warns(UserWarning, match="decoding plainly"):
         assert torch.equal(specfuse.generate(tuned, **inputs, **options), expected)
+
+
+@pytest.mark.parametrize("eos", [None, 5])
+@pytest.mark.parametrize("filled", [0, 4])
+def test_the_callers_cache_is_filled(filled: int, eos: int | None):
+    model = tiny_llama(seed=0)
+    inputs = random_prompts(model, 1)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": eos}
+    theirs, ours = DynamicCache(), DynamicCache()
+    if filled:
+        with torch.no_grad():
+            for cache in (theirs, ours):
+                model(inputs["input_ids"][:, :filled], **{GENERATE_CACHE: cache}, use_cache=True)
+    expected = model.generate(**inputs, **{GENERATE_CACHE: theirs}, **options)
+    got = specfuse.generate(model, **inputs, **{GENERATE_CACHE: ours}, **options)
+    assert torch.equal(got, expected)
+    assert ours.get_seq_length() == theirs.get_seq_length() > 0
+    for mine, reference in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(mine.keys, reference.keys)
+        torch.testing.assert_close(mine.values, reference.values)
+    # The documented idiom: the same cache in the next turn.
+    longer = {name: torch.cat([value, value[:, :3]], dim=1) for name, value in inputs.items()}
+    longer["input_ids"] = torch.cat([got, got[:, :3]], dim=1)
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    expected = model.generate(**longer, **{GENERATE_CACHE: theirs}, **options)
+    output = specfuse.generate(
+        model, **longer, **{GENERATE_CACHE: ours}, **options, return_dict_in_generate=True
+    )
+    assert torch.equal(output.sequences, expected) and output_cache(output) is ours

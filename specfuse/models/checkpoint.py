@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +156,22 @@ def _weights(model_class: Any, directory: str | os.PathLike[str], dtype: torch.d
     return model
 
 
+def _where(directory: str | os.PathLike[str], error: KeyError) -> str:
+    """Names the fields of config.json that hold what was not known."""
+    try:
+        found = json.loads((Path(directory) / "config.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    parts, names = [("", found)], []
+    while parts:
+        name, value = parts.pop()
+        if isinstance(value, dict):
+            parts += [(f"{name}.{key}".lstrip("."), part) for key, part in value.items()]
+        elif error.args and value == error.args[0]:
+            names.append(name)
+    return f", which config.json gives as {' and '.join(sorted(names))}" if names else ""
+
+
 @contextmanager
 def _explained(directory: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Turns whatever transformers raises on broken files into one line that names the directory."""
@@ -162,6 +179,9 @@ def _explained(directory: str | os.PathLike[str], what: str) -> Iterator[None]:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
+        if isinstance(error, KeyError):  # whose text is the key alone
+            version = metadata.version("transformers")
+            text = f"transformers {version} does not know {text}{_where(directory, error)}"
         raise ValueError(
             f"{directory}: {what} can not be loaded: {text[:200] or type(error).__name__}"
         ) from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from specfuse.ops import native
 from specfuse.ops.compact_kv import compact_kv
@@ -235,9 +235,21 @@ class TreeCache(Cache):
         self.set_lengths([filled] * len(self.lengths))
         return filled
 
-    def to_dynamic(self, length: int) -> DynamicCache:
-        """The first ``length`` slots as the DynamicCache that ``model.generate`` would return."""
+    def to_dynamic(self, length: int, into: Cache | None = None) -> DynamicCache:
+        """The first ``length`` slots as the DynamicCache that ``model.generate`` would return.
+
+        Args:
+            length: slots of every row.
+            into: a cache that is filled and returned where it is a DynamicCache that keeps all it is given.
+        """
         dynamic = DynamicCache()
+        if isinstance(into, DynamicCache) and all(type(layer) is DynamicLayer for layer in into.layers):
+            dynamic = into
         for index, layer in enumerate(self.layers):
-            dynamic.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
+            keys, values = (t[:, :, :length].clone() for t in (layer.keys, layer.values))
+            held: Any = dynamic.layers[index] if index < len(dynamic.layers) else None
+            if held is not None and held.is_initialized:
+                held.keys, held.values = keys, values
+            else:
+                dynamic.update(keys, values, index)
         return dynamic
